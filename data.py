@@ -1,0 +1,308 @@
+"""Images for federated self-supervised learning: loading, splitting among clients, and making two views.
+
+Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns a batch into floats.
+Recipes follow SimCLR (Chen et al. 2020, appendix A) for natural images and small affine maps for digits.
+"""
+import hashlib
+import math
+import os
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class InputError(Exception):
+    """The user asked for something that cannot be done; the message is one sentence saying what would be right."""
+
+
+class Dataset(NamedTuple):
+    train_images: torch.Tensor  # uint8 [N, C, H, W]
+    train_labels: torch.Tensor  # int64 [N]; clients never see them: they serve partition() and the evaluation
+    test_images: torch.Tensor   # uint8 [M, C, H, W]
+    test_labels: torch.Tensor   # int64 [M]
+
+    @property
+    def shape(self):
+        """(channels, height, width) of an image."""
+        return tuple(self.train_images.shape[1:])
+
+    @property
+    def classes(self):
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
+
+
+class Archive(NamedTuple):
+    """An official CIFAR archive in the binary format: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
+    url: str
+    size: int  # bytes
+    sha256: str
+    train: tuple  # members of the archive
+    test: tuple
+    label_bytes: int  # the last of them is the class
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170_052_171,
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
+        ("cifar-10-batches-bin/test_batch.bin",), 1),
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", 168_513_733,
+        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        ("cifar-100-binary/train.bin",), ("cifar-100-binary/test.bin",), 2),
+}
+
+
+def load(name, cache="~/.cache/fllw"):
+    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once into `cache`), or a FILE.npz.
+
+    Raises InputError when there is no such data set or its content is not what it should be."""
+    if name == "mnist5k":
+        return load_npz(MNIST5K)
+    if name in ARCHIVES:
+        return load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
+    if str(name).endswith(".npz"):
+        return load_npz(name)
+    raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the path of an .npz file")
+
+
+def load_npz(path):
+    """Read train_images, train_labels, test_images, test_labels (the layout of MedMNIST) from an .npz file.
+
+    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]; other keys are ignored."""
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in ("train_images", "train_labels", "test_images", "test_labels"):
+                if key not in file:
+                    raise InputError(f"{path} has no {key!r}: it needs train_images, train_labels, test_images, test_labels")
+                arrays[key] = file[key]
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not an .npz of plain arrays (no pickled objects): {error}".splitlines()[0]) from None
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
+            raise InputError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] and not empty, "
+                             f"they are {images.dtype} {list(images.shape)}")
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
+            raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers from 0, one an image, "
+                             f"they are {labels.dtype} {list(labels.shape)}")
+        images = images[..., None] if images.ndim == 3 else images  # [N, H, W, C]
+        arrays[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        arrays[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
+    dataset = Dataset(**arrays)
+    if dataset.test_images.shape[1:] != dataset.shape:
+        raise InputError(f"{path}: train and test images differ in shape, "
+                         f"{list(dataset.shape)} and {list(dataset.test_images.shape[1:])}")
+    return dataset
+
+
+def load_cifar(archive, path):
+    """Read the records straight out of the archive; nothing is unpacked to disk and nothing is unpickled."""
+    def read(members):
+        with tarfile.open(path) as tar:
+            raw = b"".join(tar.extractfile(member).read() for member in members)
+        records = np.frombuffer(raw, np.uint8).reshape(-1, archive.label_bytes + 3 * 32 * 32)
+        labels, pixels = records[:, archive.label_bytes - 1], records[:, archive.label_bytes:]
+        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64))
+    return Dataset(*read(archive.train), *read(archive.test))
+
+
+def download(archive, cache):
+    """Fetch an archive once, resuming where an earlier attempt stopped; returns the path of the verified file."""
+    path = cache / archive.url.rsplit("/", 1)[1]
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        try:
+            fetch(archive, part)
+        except (urllib.error.URLError, OSError) as error:
+            raise InputError(f"could not download {archive.url} ({error}): run the same command again to resume, "
+                             f"or put the file at {path} yourself") from None
+        if sha256(part) != archive.sha256:
+            part.unlink()
+            raise InputError(f"what {archive.url} sent does not match its SHA-256 and was deleted: run the command again")
+        os.replace(part, path)
+    elif sha256(path) != archive.sha256:
+        raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete it and run the command again")
+    return path
+
+
+def fetch(archive, part, chunk=1 << 20):
+    """Append what `part` still lacks of the archive, printing progress."""
+    have = part.stat().st_size if part.exists() else 0
+    if have == archive.size:
+        return
+    have = have if have < archive.size else 0
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        have = have if reply.status == 206 else 0  # a server that ignores Range starts from the beginning
+        with open(part, "ab" if have else "wb") as file:
+            while block := reply.read(chunk):
+                file.write(block)
+                have += len(block)
+                print(f"\r{archive.url}: {have / 1e6:.0f} of {archive.size / 1e6:.0f} MB", end="", flush=True)
+    print()
+    if have < archive.size:
+        raise OSError(f"the connection ended after {have:,} of {archive.size:,} bytes")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------- splitting among clients
+
+def partition(labels, clients, alpha=0.0, seed=0):
+    """Split images among clients; every image goes to exactly one client and every client gets at least 2.
+
+    alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the shares of
+    the clients from Dirichlet(alpha) (Hsu et al. 2019): the smaller alpha, the fewer classes a client sees.
+    labels: int64 [N]. Returns a list of `clients` index tensors."""
+    if len(labels) < 2 * clients:
+        raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), there are {len(labels)}")
+    rng = np.random.default_rng([seed, 0])
+    order = rng.permutation(len(labels))
+    if alpha == 0:
+        return [torch.from_numpy(part) for part in np.array_split(order, clients)]
+    owner = np.empty(len(labels), dtype=np.int64)  # image -> client
+    labels = np.asarray(labels)
+    for label in np.unique(labels):
+        images = order[labels[order] == label]
+        cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(images)
+        for client, part in enumerate(np.split(images, cuts.round().astype(int))):
+            owner[part] = client
+    sizes = np.bincount(owner, minlength=clients)
+    for client in np.flatnonzero(sizes < 2):  # one image suffices for no contrast: the largest clients give
+        while sizes[client] < 2:
+            largest = sizes.argmax()
+            owner[np.flatnonzero(owner == largest)[0]] = client
+            sizes[largest] -= 1
+            sizes[client] += 1
+    by_client = np.argsort(owner, kind="stable")
+    return [torch.from_numpy(part) for part in np.split(by_client, np.cumsum(sizes)[:-1])]
+
+
+# -------------------------------------------------------------------------------------------- two views
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a random view does to an image. Ranges are uniform, +- ranges symmetric; 0 switches a part off."""
+    area: tuple          # share of the image's area that the view shows; above 1 it zooms out
+    aspect: float        # the crop's aspect ratio is log-uniform in [1 / aspect, aspect]
+    shift: float = 0.0   # +- share of the image's size, on top of the crop's random place
+    rotate: float = 0.0  # +- degrees
+    shear: float = 0.0   # +- degrees
+    flip: float = 0.0    # probability of a horizontal flip
+    jitter: float = 0.0  # probability of changing the colours as follows
+    brightness: float = 0.0  # factor in 1 +- brightness; likewise contrast and saturation
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0     # +- turns of the colour circle
+    grey: float = 0.0    # probability of dropping all colour
+    blur: float = 0.0    # probability of a Gaussian blur, sigma in [0.1, 2] pixels
+
+
+RECIPES = {
+    "digits": Recipe(area=(0.6, 1.4), aspect=1.3, shift=0.1, rotate=15, shear=15),
+    "natural": Recipe(area=(0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
+                      saturation=0.4, hue=0.1, grey=0.2, blur=0.5),
+}
+
+
+def recipe_for(data):
+    """The recipe a data set uses unless told otherwise: digits for the embedded digits, natural for the rest."""
+    return "digits" if data == "mnist5k" else "natural"
+
+
+def normalise(images):
+    """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""
+    return images.float() / 127.5 - 1
+
+
+def two_views(images, recipe, generator):
+    """Two random views of every image: uint8 [B, C, H, W] -> float32 [2B, C, H, W] in -1..1.
+
+    Row i and row B + i come from image i. All randomness comes from `generator`, on the images' device."""
+    x = images.repeat(2, 1, 1, 1).float() / 255
+    uniform = lambda low, high: low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)  # [2B]
+    x = warp(x, recipe, uniform)
+    if recipe.jitter or recipe.grey:
+        x = colour(x, recipe, uniform)
+    if recipe.blur:
+        x = blur(x, recipe, uniform)
+    return x.mul_(2).sub_(1)
+
+
+def warp(x, recipe, uniform):
+    """Random resized crop, shift, rotation, shear and flip as one affine map, sampled once. x: [B, C, H, W]."""
+    area, ratio = uniform(*recipe.area), torch.exp(uniform(-1, 1) * math.log(recipe.aspect))
+    w, h = (area * ratio).sqrt(), (area / ratio).sqrt()  # size of the crop; 1 is the image's own
+    if recipe.area[1] <= 1:
+        w, h = w.clamp(max=1), h.clamp(max=1)
+    dx = uniform(-1, 1) * (1 - w).clamp(min=0) + uniform(-2, 2) * recipe.shift  # image coordinates run from -1 to 1
+    dy = uniform(-1, 1) * (1 - h).clamp(min=0) + uniform(-2, 2) * recipe.shift
+    turn = torch.deg2rad(uniform(-1, 1) * recipe.rotate)
+    shear = torch.deg2rad(uniform(-1, 1) * recipe.shear).tan()
+    mirror = 1 - 2 * (uniform(0, 1) < recipe.flip).float()
+    cos, sin = turn.cos(), turn.sin()
+    theta = torch.stack([torch.stack([mirror * w * cos, h * (shear * cos - sin), dx], 1),
+                         torch.stack([mirror * w * sin, h * (shear * sin + cos), dy], 1)], 1)  # [B, 2, 3]
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="zeros" if recipe.area[1] > 1 else "reflection", align_corners=False)
+
+
+def colour(x, recipe, uniform):
+    """Brightness, contrast, saturation, hue and greyscale: all linear in the colour, so one matrix an image.
+
+    Saturation and hue need three channels; other images get brightness and contrast. x: [B, C, H, W] in 0..1."""
+    B, C = x.shape[:2]
+    apply = (uniform(0, 1) < recipe.jitter).float()
+    factor = lambda strength: 1 + apply * uniform(-1, 1) * strength
+    bright, contrast, saturate, turn = (factor(recipe.brightness), factor(recipe.contrast), factor(recipe.saturation),
+                                        2 * math.pi * apply * uniform(-1, 1) * recipe.hue)
+    saturate = saturate * (uniform(0, 1) >= recipe.grey)
+    luma = torch.tensor([0.299, 0.587, 0.114] if C == 3 else [1 / C] * C, device=x.device)
+    eye = torch.eye(C, device=x.device)
+    matrix = eye.expand(B, C, C)
+    if C == 3:
+        k = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device) / math.sqrt(3)
+        cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
+        hue = cos * eye + sin * k + (1 - cos) / 3  # rotation about the grey axis (Rodrigues)
+        saturate = saturate[:, None, None]
+        matrix = (saturate * eye + (1 - saturate) * luma.expand(3, 3)) @ hue
+    mean = torch.einsum("bchw,c->b", x, luma) / x[0, 0].numel()  # mean brightness, the fixed point of contrast
+    y = ((bright * contrast)[:, None, None] * matrix) @ x.flatten(2)
+    y += (bright * (1 - contrast) * mean)[:, None, None]
+    return y.clamp_(0, 1).view_as(x)
+
+
+def blur(x, recipe, uniform):
+    """Gaussian blur with a radius of a tenth of the image, separable. x: [B, C, H, W]."""
+    radius = max(1, x.shape[-1] // 20)
+    sigma = torch.where(uniform(0, 1) < recipe.blur, uniform(0.1, 2.0), 1e-3)
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)  # [B, 2 * radius + 1], rows sum to 1
+    for _ in range(2):  # along the width, transpose, along the height, transpose back
+        padded = F.pad(x, (radius, radius, 0, 0), mode="reflect")
+        x = sum(kernel[:, i, None, None, None] * padded[..., i:i + x.shape[-1]] for i in range(2 * radius + 1))
+        x = x.transpose(2, 3)
+    return x
