@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -44,29 +45,29 @@ class Config:
     """Every setting of a run; the command line is generated from these fields."""
     data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz of your own images")
     method: str = knob("fll", "which blocks exist and train at a stage", choices=("fll", "e2e", "progressive"))
-    dim: int = knob(64, "width of the vision transformer")
-    depth: int = knob(4, "number of blocks L")
-    heads: int = knob(4, "attention heads; must divide dim")
-    patch_size: int = knob(7, "side of a patch, pixels; must divide the image")
+    dim: int = knob(64, "width of the vision transformer", low=1)
+    depth: int = knob(4, "number of blocks L", low=1)
+    heads: int = knob(4, "attention heads; must divide dim", low=1)
+    patch_size: int = knob(7, "side of a patch, pixels; must divide the image", low=1)
     pool: str = knob("mean", "what the loss reads", choices=("mean", "token"))
-    head_hidden: int = knob(256, "width of the projection head's two hidden layers")
-    head_dim: int = knob(64, "dimension in which the loss compares views")
-    blocks_per_stage: int = knob(1, "blocks added (and, layer-wise, trained) at each stage; must divide depth")
+    head_hidden: int = knob(256, "width of the projection head's two hidden layers", low=1)
+    head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
+    blocks_per_stage: int = knob(1, "blocks added (and, layer-wise, trained) at each stage; must divide depth", low=1)
     new_block: str = knob("copy", "how a new block starts: as a copy of the one below or fresh", choices=("copy", "fresh"))
     depth_dropout: float = knob(0.25, "probability with which a client drops each frozen block in a round, in [0, 1)")
-    clients: int = knob(2, "number of clients N")
-    clients_per_round: int = knob(0, "clients sampled each round; 0 means all")
-    alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID")
-    rounds: int = knob(96, "federated rounds, shared equally among the stages")
-    local_epochs: int = knob(1, "passes of a client over its images in a round")
-    batch_size: int = knob(64, "images in a local step (each gives two views)")
-    micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch")
-    lr: float = knob(4e-3, "peak learning rate (AdamW, one cosine per stage)")
-    weight_decay: float = knob(1e-4, "AdamW weight decay")
-    temperature: float = knob(0.1, "temperature of NT-Xent")
+    clients: int = knob(2, "number of clients N", low=1)
+    clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
+    alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID", low=0)
+    rounds: int = knob(96, "federated rounds, shared equally among the stages", low=1)
+    local_epochs: int = knob(1, "passes of a client over its images in a round", low=1)
+    batch_size: int = knob(64, "images in a local step (each gives two views)", low=2)
+    micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch", low=0)
+    lr: float = knob(4e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
+    weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
+    temperature: float = knob(0.1, "temperature of NT-Xent", low=1e-6)
     augment: str = knob("auto", "recipe of the two views; auto is digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural"))
-    seed: int = knob(0, "everything random derives from it")
+    seed: int = knob(0, "everything random derives from it", low=0)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
@@ -74,6 +75,39 @@ class Config:
     @property
     def rounds_clients(self):
         return self.clients_per_round or self.clients
+
+
+def check(config):
+    """Raise InputError, one sentence, for settings that cannot be run."""
+    for f in fields(config):
+        value, low, choices = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
+        if low is not None and not (low <= value < math.inf):
+            raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
+    if not 0 <= config.depth_dropout < 1:
+        raise InputError(f"--depth-dropout is a probability in [0, 1), it is {config.depth_dropout:g}")
+    if config.dim % config.heads:
+        raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
+    if config.depth % config.blocks_per_stage:
+        raise InputError(f"--depth must be a multiple of --blocks-per-stage, "
+                         f"{config.depth} is no multiple of {config.blocks_per_stage}")
+    if config.clients_per_round > config.clients:
+        raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), it is {config.clients_per_round}")
+    if config.rounds < len(stages(config)):
+        raise InputError(f"--rounds must be at least the number of stages ({len(stages(config))}), it is {config.rounds}")
+    pick_device(config)
+
+
+def pick_device(config):
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"there is no device {config.device!r} here: use cpu"
+                         + ", cuda" * torch.cuda.is_available() + " or auto") from None
 
 
 def rng(config, *key):
@@ -153,11 +187,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.normal_(self.pos_embed, std=0.2)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def lower(self, images, stop):
@@ -436,7 +469,7 @@ def federate(config, on_round=None, dataset=None):
 
     on_round(row, server), if given, is called after every round with its row and the server's state."""
     dataset = dataset or data.load(config.data, config.cache)
-    check(config, dataset)
+    check(config)
     device = pick_device(config)
     dataset = dataset._replace(train_images=dataset.train_images.to(device))
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
@@ -462,13 +495,64 @@ def encoder_of(config, server, shape):
     return encoder.to(next(iter(state.values())).device).eval()
 
 
-def pick_device(config):
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+# ----------------------------------------------------------------------------------------------------- cost
 
-def check(config, dataset):
-    pass
+def macs(config, stage, kept, image_shape):
+    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count: two views, forward 1x and
+    backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products."""
+    channels, height, width = image_shape
+    D, patches = config.dim, height * width // config.patch_size**2
+    T = patches + 1
+    block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; query-key and attention-value products
+    embed = patches * config.patch_size**2 * channels * D
+    head = config.head_hidden * (D + config.head_hidden + config.head_dim)
+    active = stage.present - stage.first
+    return 2 * ((1 if stage.first else 3) * embed + (len(kept) - active) * block + 3 * active * block + 3 * head)
+
+
+def step_memory(config, stage, kept, image_shape):
+    """Peak bytes of a client at this stage: two real local steps under a MemoryMeter.
+
+    On a GPU they run on blank images; on the CPU they run on torch's fake tensors, which have shapes, dtypes and
+    lifetimes but no data: the same bytes as a real step, in no time and no memory."""
+    device = pick_device(config)
+    with contextlib.nullcontext() if device.type == "cuda" else FakeTensorMode(), device:
+        state = Learner(config, image_shape, stage.present).state_dict()
+        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
+        meter = MemoryMeter(device)
+        local_train(config, stage, broadcast(state, stage, kept), images, 0, 0, meter=meter)
+    return meter.peak
+
+
+def cost(config, method, image_shape):
+    """What a client that takes part in every round pays over the whole training, without training.
+
+    Replays the rounds of `method` with tensors that have a shape but no data. image_shape: (channels, height, width).
+    Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
+    macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
+    config = replace(config, method=method)
+    check(config)
+    total = dict.fromkeys(("download_bytes", "stateless_download_bytes", "upload_bytes", "macs"), 0)
+    plan, held, round, largest = stages(config), {}, 0, {}
+    with torch.device("meta"):
+        server = initial(config, image_shape, plan[0].present)
+        for stage in plan:
+            server = grow(config, server, image_shape, stage)
+            for _ in range(stage.rounds):
+                round += 1
+                clients = sample_clients(config, round)
+                upload = {name: tensor.clone() for name, tensor in server.items() if stage.trains(name)}
+                for client in clients:
+                    kept = draw_blocks(config, stage, round, client)
+                    message = broadcast(server, stage, kept)
+                    new = news(server, stage, message, held.setdefault(client, set()))
+                    largest[stage] = max(kept, largest.get(stage, []), key=len)
+                    for name, amount in zip(total, (nbytes(new), nbytes(message), nbytes(upload),
+                                                    config.local_epochs * macs(config, stage, kept, image_shape))):
+                        total[name] += amount / len(clients)
+                server = {**server, **upload}
+    peaks = [step_memory(config, stage, largest[stage], image_shape) for stage in {plan[0], plan[-1]}]
+    return {**total, "peak_memory_bytes": max(peaks)}  # in between, stages differ by a frozen block's parameters
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -531,3 +615,175 @@ def evaluate(encode, dataset):
     train, test = encode(dataset.train_images), encode(dataset.test_images)
     labels = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
     return {"knn": knn(train, labels[0], test, labels[1]), "linear_probe": linear_probe(train, labels[0], test, labels[1])}
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+def label(config):
+    """A method's name in tables."""
+    if config.method == "fll":
+        return ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
+                + f" + FDD {config.depth_dropout:g}" * (config.depth_dropout > 0))
+    return {"e2e": "end-to-end", "progressive": "progressive"}[config.method]
+
+
+def prepare(config, name):
+    """Load the data and make sure that everything fits before anything is written; returns (dataset, run folder)."""
+    check(config)
+    out = Path(config.out or f"runs/{name}")
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is not a run folder: choose another --out")
+    dataset = data.load(config.data, config.cache)
+    with torch.device("meta"):
+        Learner(config, dataset.shape, 1)
+    data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", {**asdict(config), "image_shape": dataset.shape})
+    except OSError as error:
+        raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+    return dataset, out
+
+
+def write(path, content):
+    """Write tensors (.pt) or JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix == ".pt":
+        torch.save(content, temporary)
+    else:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def load_encoder(run):
+    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
+    settings = json.loads((Path(run) / "config.json").read_text())
+    shape = settings.pop("image_shape")
+    state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
+    return encoder_of(Config(**settings), {f"encoder.{name}": tensor for name, tensor in state.items()}, shape)
+
+
+def strip(row):
+    """Which blocks each client of a round held: A active, + frozen, . dropped (the first three clients)."""
+    strips = ["".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
+                      for b in range(1 + max(row["active_blocks"]))) for kept in row["kept_blocks"][:3]]
+    return " ".join(strips) + " ..." * (len(row["kept_blocks"]) > 3)
+
+
+def train(config, dataset, out):
+    """Train one method, one line a round, and leave a run folder. Returns (encoder, history)."""
+    plan, began = stages(config), time.perf_counter()
+    work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
+    print(f"\n{label(config)}: {config.rounds} rounds in {len(plan)} stages; blocks are A active, + frozen, . dropped; "
+          f"bytes and peak memory are a client's\n{'stage':>6} {'round':>8} {'active':>7} {'clients':>8} {'loss':>6} "
+          f"{'down MB':>8} {'up MB':>7} {'peak MiB':>9} {'seconds':>8} {'left s':>7}  blocks of each client")
+
+    def show(row, server):
+        done, spent = row["round"], time.perf_counter() - began
+        left = spent * sum(work[done:]) / sum(work[:done])
+        active = row["active_blocks"]
+        span = f"{active[0] + 1}-{active[-1] + 1}" if len(active) > 1 else f"{active[0] + 1}"
+        print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {span:>7} "
+              f"{len(row['clients']):>4}/{config.clients:<3} {row['loss']:>6.3f} {row['download_bytes'] / 1e6:>8.3f} "
+              f"{row['upload_bytes'] / 1e6:>7.3f} {row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} "
+              f"{left:>7.0f}  {strip(row)}", flush=True)
+
+    encoder, history = federate(config, show, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", {**asdict(config), "image_shape": dataset.shape})
+    write(out / "history.json", history)
+    write(out / "encoder.pt", {name: tensor.cpu() for name, tensor in encoder.state_dict().items()})
+    return encoder, history
+
+
+def baselines(config, dataset):
+    """Rows that need no training: raw pixels and a randomly initialised encoder of full depth."""
+    device = pick_device(config)
+    random = encoder_of(config, initial(config, dataset.shape, config.depth), dataset.shape).to(device)
+    return {"raw pixels": evaluate(lambda images: images.to(device).flatten(1) / 255, dataset),
+            "random encoder": evaluate(lambda images: features(random, images), dataset)}
+
+
+COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
+    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "peak_memory_bytes": ("peak MiB", 2**20, ".1f"),
+    "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
+    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"),
+    "seconds": ("seconds", 1, ".0f")}
+
+
+def table(rows):
+    """Rows {name: {column: number}} as text, in the order of COLUMNS; a dash where a row has no such number."""
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    width = 2 + max(map(len, rows))
+    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>14}" for c in columns)]
+    for name, row in rows.items():
+        cells = [f"{row[c] / COLUMNS[c][1]:{COLUMNS[c][2]}}" if c in row else "-" for c in columns]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
+        "received, stateless one that keeps nothing between rounds.")
+
+
+def run(config):
+    """Train one method and report what was learned and what it cost next to end-to-end training."""
+    dataset, out = prepare(config, f"{Path(config.data).stem}-{config.method}-seed{config.seed}")
+    encoder, history = train(config, dataset, out)
+    seconds = sum(row["seconds"] for row in history)
+    learned = {**baselines(config, dataset),
+               label(config): evaluate(lambda images: features(encoder, images), dataset)}
+    paid = {label(config): cost(config, config.method, dataset.shape)}
+    if config.method != "e2e":
+        paid["end-to-end"] = cost(config, "e2e", dataset.shape)
+        mine, theirs = paid.values()
+        ratio = {name: theirs[name] / mine[name] for name in mine}
+    print(f"\nWhat was learned: accuracy on {len(dataset.test_images):,} test images\n{table(learned)}")
+    print(f"\nWhat it cost\n{table(paid)}")
+    if config.method != "e2e":
+        print("end-to-end pays " + ", ".join(f"{ratio[c]:.1f}x {COLUMNS[c][0].rsplit(' ', 1)[0]}" for c in ratio))
+    print(NOTE)
+    write(out / "summary.json", {"method": label(config), "accuracy": learned, "cost": paid, "seconds": seconds})
+    print(f"{seconds:.0f} s of training; encoder.pt, config.json, history.json and summary.json are in {out}")
+
+
+def compare(config):
+    """Train every method on the same data, seed and rounds; one table of accuracy and cost."""
+    dataset, out = prepare(config, f"{Path(config.data).stem}-compare-seed{config.seed}")
+    rows = baselines(config, dataset)
+    for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
+        one = replace(config, method=method, depth_dropout=p)
+        encoder, history = train(one, dataset, out / (method + "-fdd" * (p > 0)))
+        rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
+                            **cost(one, method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
+        write(out / "summary.json", rows)
+    print(f"\n{table(rows)}\n{NOTE}\nEvery method has its run folder in {out}, and the table is {out}/summary.json")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse(arguments=None):
+    """The command line: one flag for every field of Config, and the modes."""
+    parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
+    for f in fields(Config):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default,
+                            choices=f.metadata.get("choices"), help=f.metadata["help"])
+    settings = vars(parser.parse_args(arguments))
+    return settings.pop("compare"), Config(**settings)
+
+
+def main():
+    try:
+        comparing, config = parse()
+        (compare if comparing else run)(config)
+    except InputError as error:
+        print(f"fllw.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
