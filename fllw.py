@@ -24,14 +24,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 from data import InputError
-from ssl_loss import ProjectionHead, contrastive_step, nt_xent
+from ssl_loss import ProjectionHead, contrastive_step, knn, linear_probe, nt_xent
 
 # -------------------------------------------------------------------------------------------- configuration
 
@@ -47,7 +49,7 @@ class Config:
     method: str = knob("fll", "which blocks exist and train at a stage", choices=("fll", "e2e", "progressive"))
     dim: int = knob(64, "width of the vision transformer", low=1)
     depth: int = knob(4, "number of blocks L", low=1)
-    heads: int = knob(4, "attention heads; must divide dim", low=1)
+    heads: int = knob(8, "attention heads; must divide dim", low=1)
     patch_size: int = knob(7, "side of a patch, pixels; must divide the image", low=1)
     pool: str = knob("mean", "what the loss reads", choices=("mean", "token"))
     head_hidden: int = knob(256, "width of the projection head's two hidden layers", low=1)
@@ -62,19 +64,17 @@ class Config:
     local_epochs: int = knob(1, "passes of a client over its images in a round", low=1)
     batch_size: int = knob(64, "images in a local step (each gives two views)", low=2)
     micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch", low=0)
-    lr: float = knob(4e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
+    client_failure: float = knob(0.0, "probability that a sampled client drops out of a round before uploading")
+    lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.1, "temperature of NT-Xent", low=1e-6)
     augment: str = knob("auto", "recipe of the two views; auto is digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural"))
+    amp: bool = knob(False, "bf16 autocast for the model; the loss stays in float32")
     seed: int = knob(0, "everything random derives from it", low=0)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
-
-    @property
-    def rounds_clients(self):
-        return self.clients_per_round or self.clients
 
 
 def check(config):
@@ -86,8 +86,9 @@ def check(config):
             raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
         if low is not None and not (low <= value < math.inf):
             raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
-    if not 0 <= config.depth_dropout < 1:
-        raise InputError(f"--depth-dropout is a probability in [0, 1), it is {config.depth_dropout:g}")
+    for flag, p in ("--depth-dropout", config.depth_dropout), ("--client-failure", config.client_failure):
+        if not 0 <= p < 1:
+            raise InputError(f"{flag} is a probability in [0, 1), it is {p:g}")
     if config.dim % config.heads:
         raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
     if config.depth % config.blocks_per_stage:
@@ -110,12 +111,21 @@ def pick_device(config):
                          + ", cuda" * torch.cuda.is_available() + " or auto") from None
 
 
+def rank():
+    """This process among those that torchrun started."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def rng(config, *key):
     """A numpy generator for (seed, *key) alone; key is for instance (purpose, round, client)."""
     return np.random.default_rng([config.seed, *key])
 
 
-SAMPLING, DROPOUT, TRAINING, INIT = 1, 2, 3, 4  # purposes of a draw
+INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # purposes of a draw
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -187,7 +197,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.normal_(self.pos_embed, std=0.2)
+        nn.init.normal_(self.pos_embed, std=0.5)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -222,9 +232,9 @@ class Learner(nn.Module):
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
 
-def initial(config, shape, depth):
+def initial(config, shape, depth, device="cpu"):
     """State dict of a freshly initialised learner with `depth` blocks; torch's own randomness is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(int(rng(config, INIT).integers(2**63)))
         return Learner(config, shape, depth).state_dict()
 
@@ -263,7 +273,7 @@ def stages(config):
 
 def sample_clients(config, round):
     """The clients of a round, in ascending order: a function of (seed, round)."""
-    chosen = rng(config, SAMPLING, round).choice(config.clients, config.rounds_clients, replace=False)
+    chosen = rng(config, SAMPLING, round).choice(config.clients, config.clients_per_round or config.clients, replace=False)
     return sorted(chosen.tolist())
 
 
@@ -287,7 +297,11 @@ def grow(config, server, shape, stage):
     A copy is the very tensors of the last block trained before, so broadcasting it costs one block, not two."""
     server = dict(server)
     have = 1 + max(int(name.split(".")[2]) for name in server if name.startswith("encoder.blocks."))
-    fresh = initial(config, shape, stage.present) if config.new_block == "fresh" and have < stage.present else {}
+    fresh = {}
+    if config.new_block == "fresh" and have < stage.present:
+        device = server["encoder.cls_token"].device
+        fresh = {name: t.to(device) for name, t in
+                 initial(config, shape, stage.present, "meta" if device.type == "meta" else "cpu").items()}
     for block in range(have, stage.present):
         for name in [name for name in server if name.startswith(f"encoder.blocks.{have - 1}.")]:
             new = name.replace(f".{have - 1}.", f".{block}.", 1)
@@ -315,43 +329,46 @@ def learning_rate(config, progress):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def local_train(config, stage, message, images, round, client, progress=0.0, meter=None):
+def local_train(config, stage, message, images, round, client, progress=0.0):
     """One client's work in one round.
 
-    message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: how much of the
-    stage's rounds is done. Returns (upload, loss): the trained tensors and the mean loss over the local steps."""
-    meter = meter or MemoryMeter(images.device)
-    with meter:
-        learner = receive(config, message, images.shape[1:], stage)
-        trained = [p for p in learner.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=True)
-    frozen, active = split(learner.encoder, stage)
+    message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: the share of the
+    stage's rounds that is done. Returns (upload, loss, peak_memory_bytes): the trained tensors, the mean loss over
+    the local steps, and the memory its first two steps took."""
     recipe = data.RECIPES[data.recipe_for(config.data) if config.augment == "auto" else config.augment]
     draws = torch.Generator(images.device).manual_seed(int(rng(config, TRAINING, round, client).integers(2**63)))
-    criterion = lambda z: nt_xent(*z.chunk(2), config.temperature)
     batch = min(config.batch_size, len(images))
-    steps = config.local_epochs * (len(images) // batch)
-    total = 0.0
-    for step in range(steps):
-        if step % (len(images) // batch) == 0:
-            order = torch.randperm(len(images), device=images.device, generator=draws)
-        chosen = order[step % (len(images) // batch) * batch:][:batch]
-        with meter if step < 2 else contextlib.nullcontext():  # the second step has the optimizer's state as well
-            views = data.two_views(images[chosen], recipe, draws)
-            optimizer.param_groups[0]["lr"] = learning_rate(config, progress + step / steps / stage.rounds)
+    steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
+    meter, total = MemoryMeter(images.device), 0.0
+    with meter:
+        learner = receive(config, message, images.shape[1:], stage)
+        trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay, fused=True)
+    frozen, active, head = split(config, learner, stage)
+    criterion = lambda z: nt_xent(*z.chunk(2), config.temperature)
+    for step in range(config.local_epochs * steps):
+        if step % steps == 0:
+            order = torch.randperm(len(images), device=images.device, generator=draws).split(batch)
+        share = step / (config.local_epochs * steps)  # of this round
+        optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
+        with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
+            views = data.two_views(images[order[step % steps]], recipe, draws)
             optimizer.zero_grad()
-            total += contrastive_step(frozen, active, learner.head, views, criterion, config.micro_batch)
+            total += contrastive_step(frozen, active, head, views, criterion, config.micro_batch)
             optimizer.step()
             del views
-    upload = {name: p.detach() for name, p in learner.named_parameters() if p.requires_grad}
-    return upload, total / steps
+    return {name: p.detach() for name, p in trained.items()}, total / (config.local_epochs * steps), meter.peak
 
 
-def split(encoder, stage):
-    """The encoder as two functions: the frozen part, which keeps no graph, and the active part."""
+def split(config, learner, stage):
+    """The learner as three functions: the frozen part, which keeps no graph, the active part, and the head."""
+    device = next(learner.parameters()).device.type
+    amp = torch.autocast(device, torch.bfloat16, enabled=config.amp)  # the loss itself stays in float32
+    encoder = learner.encoder
     if stage.first == 0:
-        return (lambda images: images), encoder
-    return torch.no_grad()(lambda images: encoder.lower(images, stage.first)), lambda x: encoder.upper(x, stage.first)
+        return (lambda images: images), amp(lambda images: encoder(images)), amp(lambda x: learner.head(x))
+    return (torch.no_grad()(amp(lambda images: encoder.lower(images, stage.first))),
+            amp(lambda tokens: encoder.upper(tokens, stage.first)), amp(lambda x: learner.head(x)))
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -378,12 +395,12 @@ class MemoryMeter(TorchDispatchMode):
         self.peak = torch.cuda.max_memory_allocated(self.cuda) - self.before
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        storages = lambda tree: {storage_id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        for tensor in tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in inputs and storage._cdata not in self.seen:
-                self.seen[storage._cdata] = weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        for key, tensor in storages(result).items():
+            if key not in self.seen and key not in storages((args, kwargs)):  # new memory, neither a view nor in place
+                storage = tensor.untyped_storage()
+                self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
         return result
@@ -393,18 +410,21 @@ class MemoryMeter(TorchDispatchMode):
         self.live -= nbytes
 
 
-def tensors(tree):
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors(item)
-    elif isinstance(tree, dict):
-        yield from tensors(tuple(tree.values()))
+def storage_id(tensor):
+    """Identity of the memory behind a tensor; also defined for tensors without data."""
+    return tensor.untyped_storage()._cdata
 
 
 # ---------------------------------------------------------------------------------------------- the server
+
+@dataclass
+class State:
+    """All there is between two rounds."""
+    shape: tuple                                 # (channels, height, width) of an image
+    server: dict                                 # name -> tensor: the encoder so far, and the head
+    history: list = field(default_factory=list)  # one dict a round
+    held: dict = field(default_factory=dict)     # client -> names of the final tensors it has received
+
 
 class WeightedMean:
     """FedAvg (McMahan et al. 2017): the mean of state dicts, weighted by |D_n|.
@@ -419,71 +439,125 @@ class WeightedMean:
         for name, tensor in state.items():
             if name not in self.mean:
                 self.mean[name] = tensor.clone()
-            else:
+            elif not tensor.is_meta:  # cost() counts tensors that hold no data
                 self.mean[name].lerp_(tensor, weight / self.weight)
 
+    def combine(self, like, report):
+        """Over the processes of torchrun, if any, by one all-reduce of the weighted sum, the weight and the report.
 
-def nbytes(state):
+        like: name -> tensor, for the shapes; report: array of numbers, 0 where another process fills it in."""
+        if not dist.is_initialized():
+            return report
+        parts = [self.mean.get(name, torch.zeros_like(t)).flatten().double() * self.weight for name, t in like.items()]
+        numbers = torch.tensor([*report.flatten(), self.weight], dtype=torch.float64, device=parts[0].device)
+        total = torch.cat([*parts, numbers])
+        dist.all_reduce(total)
+        *parts, numbers = total.split([len(part) for part in [*parts, numbers]])
+        self.weight = numbers[-1].item()
+        if self.weight:
+            self.mean = {name: (part / self.weight).to(t).view_as(t) for (name, t), part in zip(like.items(), parts)}
+        return numbers[:-1].view(report.shape).cpu().numpy()
+
+
+def nbytes(message):
     """Bytes of a message; a tensor that goes by two names travels once."""
-    return sum({id(t): t.numel() * t.element_size() for t in state.values()}.values())
+    return sum({storage_id(t): t.numel() * t.element_size() for t in message.values()}.values())
 
 
-def news(server, stage, message, held):
+def news(state, stage, message, client):
     """The part of a message that a client which keeps what it received does not hold yet.
 
-    held: set of names of final tensors; those of this message are added to it. Only frozen tensors stay final."""
-    first_name = {}
-    for name, tensor in server.items():
-        first_name.setdefault(id(tensor), name)  # a block that starts as a copy goes by the original's name
-    new = {name: tensor for name, tensor in message.items() if first_name[id(tensor)] not in held}
-    held.update(first_name[id(t)] for t in message.values() if not stage.trains(first_name[id(t)]))
+    What it holds is noted in state.held: tensors that are frozen, since only those are final."""
+    first = {}
+    for name, tensor in state.server.items():
+        first.setdefault(storage_id(tensor), name)  # a block that starts as a copy goes by the original's name
+    held = state.held.setdefault(client, set())
+    new = {name: tensor for name, tensor in message.items() if first[storage_id(tensor)] not in held}
+    held.update(name for name in map(first.get, map(storage_id, message.values())) if not stage.trains(name))
     return new
 
 
-def run_round(config, server, stage, round, parts, dataset, held, progress=0.0):
-    """One round: broadcast, local training of the sampled clients, upload, average.
+def sound(upload, server):
+    """Whether an upload has the shapes of the server's tensors and only finite numbers."""
+    return all(name in server and tensor.shape == server[name].shape and (tensor.is_meta or tensor.isfinite().all())
+               for name, tensor in upload.items())
 
-    server: the global state dict; parts: the clients' image indices; held: client -> names of the frozen tensors it
-    already has, updated. Returns (the new server state, the round's row of the history)."""
-    began = time.perf_counter()
-    average, rows = WeightedMean(), []
-    for client in sample_clients(config, round):
-        kept = draw_blocks(config, stage, round, client)
-        message = broadcast(server, stage, kept)
-        download = nbytes(news(server, stage, message, held.setdefault(client, set())))
-        images = dataset.train_images[parts[client].to(dataset.train_images.device)]
-        meter = MemoryMeter(images.device)
-        upload, loss = local_train(config, stage, message, images, round, client, progress, meter)
-        average.add(upload, len(images))
-        rows.append((client, kept, float(loss), download, nbytes(message), nbytes(upload), meter.peak))
-    clients, kept, losses, down, stateless, up, peaks = zip(*rows)
-    return {**server, **average.mean}, {
-        "round": round, "stage": stage.number, "method": config.method, "loss": float(np.mean(losses)),
+
+class Diverged(Exception):
+    """The loss became NaN or infinite on every client of a round."""
+
+
+def run_round(config, state, stage, work, progress=0.0):
+    """One round: broadcast, local work of the sampled clients, upload, average. Updates `state`, returns its new row.
+
+    work(stage, message, round, client, progress) -> (upload, loss, peak_memory_bytes, number of images) is what a
+    client does. Under torchrun each process does every K-th client."""
+    began, round, average = time.perf_counter(), len(state.history) + 1, WeightedMean()
+    clients = sample_clients(config, round)
+    kept = [draw_blocks(config, stage, round, client) for client in clients]
+    trained = {name: tensor for name, tensor in state.server.items() if stage.trains(name)}
+    bytes_down = []  # [kept what it received, stateless] a client
+    report = np.zeros((len(clients), 4))  # [bytes up, sound, loss, peak memory] a client
+    for i, client in enumerate(clients):
+        message = broadcast(state.server, stage, kept[i])
+        bytes_down.append((nbytes(news(state, stage, message, client)), nbytes(message)))
+        failed = rng(config, FAILURE, round, client).random() < config.client_failure
+        if failed or i % world() != rank():
+            continue
+        upload, loss, peak, images = work(stage, message, round, client, progress)
+        report[i] = nbytes(upload), sound(upload, state.server), float(loss), peak
+        if report[i, 1]:
+            average.add(upload, images)
+    report = average.combine(trained, report)
+    answered, accepted = report[:, :2].T > 0
+    if answered.any() and not np.isfinite(report[answered, 2]).any():
+        raise Diverged(f"the loss became NaN or infinite on every client in round {round}")
+    state.server = {**state.server, **average.mean}
+    state.history.append({
+        "round": round, "stage": stage.number, "method": config.method,
+        "loss": report[accepted, 2].mean() if accepted.any() else None,
         "active_blocks": list(range(stage.first, stage.present)), "clients": clients, "kept_blocks": kept,
-        "download_bytes": float(np.mean(down)), "stateless_download_bytes": float(np.mean(stateless)),
-        "upload_bytes": float(np.mean(up)), "peak_memory_bytes": max(peaks), "seconds": time.perf_counter() - began}
+        "lost": np.array(clients)[~answered].tolist(), "rejected": np.array(clients)[answered & ~accepted].tolist(),
+        "download_bytes": float(np.mean(bytes_down, 0)[0]), "stateless_download_bytes": float(np.mean(bytes_down, 0)[1]),
+        "upload_bytes": report[:, 0].mean(),
+        "macs": float(np.mean([config.local_epochs * macs(config, stage, k, state.shape) for k in kept])),
+        "peak_memory_bytes": int(report[:, 3].max()), "seconds": time.perf_counter() - began})
+    return state.history[-1]
 
 
-def federate(config, on_round=None, dataset=None):
+def run_rounds(config, state, work):
+    """All rounds that `state` has not seen yet, one after the other; yields each row."""
+    done = 0
+    for stage in stages(config):
+        for i in range(stage.rounds):
+            done += 1
+            if done > len(state.history):
+                if i == 0:
+                    state.server = grow(config, state.server, state.shape, stage)
+                yield run_round(config, state, stage, work, i / stage.rounds)
+
+
+def federate(config, on_round=None, dataset=None, state=None):
     """Train by federated rounds; returns (encoder, history).
 
-    on_round(row, server), if given, is called after every round with its row and the server's state."""
-    dataset = dataset or data.load(config.data, config.cache)
+    on_round(row, state), if given, is called after every round. A `state` from there, or from a checkpoint, goes on
+    where it stopped."""
     check(config)
     device = pick_device(config)
-    dataset = dataset._replace(train_images=dataset.train_images.to(device))
+    dataset = dataset or data.load(config.data, config.cache)
+    images = dataset.train_images.to(device)
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    plan = stages(config)
-    server = {k: v.to(device) for k, v in initial(config, dataset.shape, plan[0].present).items()}
-    history, held = [], {}
-    for stage in plan:
-        server = grow(config, server, dataset.shape, stage)
-        for i in range(stage.rounds):
-            server, row = run_round(config, server, stage, len(history) + 1, parts, dataset, held, i / stage.rounds)
-            history.append(row)
-            if on_round:
-                on_round(row, server)
-    return encoder_of(config, server, dataset.shape), history
+    state = state or State(dataset.shape, initial(config, dataset.shape, stages(config)[0].present))
+    state.server = {name: tensor.to(device) for name, tensor in state.server.items()}
+
+    def work(stage, message, round, client, progress):
+        mine = images[parts[client].to(device)]
+        return *local_train(config, stage, message, mine, round, client, progress), len(mine)
+
+    for row in run_rounds(config, state, work):
+        if on_round:
+            on_round(row, state)
+    return encoder_of(config, state.server, dataset.shape), state.history
 
 
 def encoder_of(config, server, shape):
@@ -511,48 +585,34 @@ def macs(config, stage, kept, image_shape):
 
 
 def step_memory(config, stage, kept, image_shape):
-    """Peak bytes of a client at this stage: two real local steps under a MemoryMeter.
+    """Peak bytes of a client at this stage, measured by local_train on two blank batches.
 
-    On a GPU they run on blank images; on the CPU they run on torch's fake tensors, which have shapes, dtypes and
-    lifetimes but no data: the same bytes as a real step, in no time and no memory."""
+    On a GPU the steps are real; on the CPU they run on torch's fake tensors, which have shapes and lifetimes but no
+    data: the same bytes as a real step, in no time and no memory."""
     device = pick_device(config)
-    with contextlib.nullcontext() if device.type == "cuda" else FakeTensorMode(), device:
-        state = Learner(config, image_shape, stage.present).state_dict()
-        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
-        meter = MemoryMeter(device)
-        local_train(config, stage, broadcast(state, stage, kept), images, 0, 0, meter=meter)
-    return meter.peak
+    state = initial(config, image_shape, stage.present, "meta")
+    with contextlib.nullcontext() if device.type == "cuda" else FakeTensorMode():
+        message = {name: torch.zeros(t.shape, device=device) for name, t in broadcast(state, stage, kept).items()}
+        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8, device=device)
+        return local_train(config, stage, message, images, 0, 0)[2]
 
 
 def cost(config, method, image_shape):
     """What a client that takes part in every round pays over the whole training, without training.
 
-    Replays the rounds of `method` with tensors that have a shape but no data. image_shape: (channels, height, width).
+    Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width).
     Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
     macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
     config = replace(config, method=method)
     check(config)
-    total = dict.fromkeys(("download_bytes", "stateless_download_bytes", "upload_bytes", "macs"), 0)
-    plan, held, round, largest = stages(config), {}, 0, {}
-    with torch.device("meta"):
-        server = initial(config, image_shape, plan[0].present)
-        for stage in plan:
-            server = grow(config, server, image_shape, stage)
-            for _ in range(stage.rounds):
-                round += 1
-                clients = sample_clients(config, round)
-                upload = {name: tensor.clone() for name, tensor in server.items() if stage.trains(name)}
-                for client in clients:
-                    kept = draw_blocks(config, stage, round, client)
-                    message = broadcast(server, stage, kept)
-                    new = news(server, stage, message, held.setdefault(client, set()))
-                    largest[stage] = max(kept, largest.get(stage, []), key=len)
-                    for name, amount in zip(total, (nbytes(new), nbytes(message), nbytes(upload),
-                                                    config.local_epochs * macs(config, stage, kept, image_shape))):
-                        total[name] += amount / len(clients)
-                server = {**server, **upload}
-    peaks = [step_memory(config, stage, largest[stage], image_shape) for stage in {plan[0], plan[-1]}]
-    return {**total, "peak_memory_bytes": max(peaks)}  # in between, stages differ by a frozen block's parameters
+    plan = stages(config)
+    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, 0.0, 0, 1)
+    rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work))
+    fullest = {row["stage"]: max(row["kept_blocks"], key=len) for row in rows}
+    return {**{name: sum(row[name] for row in rows)
+               for name in ("download_bytes", "stateless_download_bytes", "upload_bytes", "macs")},
+            # in between, stages differ by a frozen block's parameters
+            "peak_memory_bytes": max(step_memory(config, s, fullest[s.number], image_shape) for s in {plan[0], plan[-1]})}
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -562,52 +622,6 @@ def features(encoder, images, batch=500):
     """Features of uint8 images [N, C, H, W] -> float32 [N, dim], on the encoder's device."""
     device = next(encoder.parameters()).device
     return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
-
-
-def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
-    """Accuracy in % of k nearest neighbours: cosine similarity, votes weighted exp(similarity / temperature).
-
-    train: [N, D], test: [M, D], labels: int64. After Wu et al. 2018, as usual for self-supervised features."""
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    k = min(k, len(train))
-    correct = 0
-    for part, labels in zip(test.split(500), test_labels.split(500)):
-        similarity, neighbours = (part @ train.T).topk(k)
-        votes = torch.zeros(len(part), int(train_labels.max()) + 1, device=train.device)
-        votes.scatter_add_(1, train_labels[neighbours], torch.exp(similarity / temperature))
-        correct += (votes.argmax(1) == labels).sum().item()
-    return 100 * correct / len(test)
-
-
-def linear_probe(train, train_labels, test, test_labels, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
-    """Accuracy in % of a logistic regression on frozen, standardised features, fitted by L-BFGS.
-
-    The L2 penalty is chosen on a fifth of the *training* features, then all of them are used. train: [N, D]."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
-    held, fit = order[:len(train) // 5], order[len(train) // 5:]
-    accuracy = lambda w, x, y: 100 * (torch.addmm(w[1], x, w[0]).argmax(1) == y).float().mean().item()
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    best = max(penalties, key=lambda p: accuracy(logistic(train[fit], train_labels[fit], classes, p),
-                                                 train[held], train_labels[held]))
-    return accuracy(logistic(train, train_labels, classes, best), test, test_labels)
-
-
-def logistic(x, y, classes, penalty):
-    """Weights [D, classes] and bias [classes] of a multinomial logistic regression with an L2 penalty."""
-    weights = [torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True),
-               torch.zeros(classes, device=x.device, requires_grad=True)]
-    optimizer = torch.optim.LBFGS(weights, max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(torch.addmm(weights[1], x, weights[0]), y) + penalty / 2 * weights[0].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return [w.detach() for w in weights]
 
 
 def evaluate(encode, dataset):
@@ -678,13 +692,14 @@ def train(config, dataset, out):
           f"bytes and peak memory are a client's\n{'stage':>6} {'round':>8} {'active':>7} {'clients':>8} {'loss':>6} "
           f"{'down MB':>8} {'up MB':>7} {'peak MiB':>9} {'seconds':>8} {'left s':>7}  blocks of each client")
 
-    def show(row, server):
+    def show(row, state):
         done, spent = row["round"], time.perf_counter() - began
         left = spent * sum(work[done:]) / sum(work[:done])
         active = row["active_blocks"]
         span = f"{active[0] + 1}-{active[-1] + 1}" if len(active) > 1 else f"{active[0] + 1}"
         print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {span:>7} "
-              f"{len(row['clients']):>4}/{config.clients:<3} {row['loss']:>6.3f} {row['download_bytes'] / 1e6:>8.3f} "
+              f"{len(row['clients']) - len(row['lost']) - len(row['rejected']):>4}/{config.clients:<3} "
+              f"{row['loss'] if row['loss'] is not None else math.nan:>6.3f} {row['download_bytes'] / 1e6:>8.3f} "
               f"{row['upload_bytes'] / 1e6:>7.3f} {row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} "
               f"{left:>7.0f}  {strip(row)}", flush=True)
 
@@ -765,13 +780,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def kind(f):
+    """How argparse reads a field of Config."""
+    if isinstance(f.default, bool):
+        return {"action": argparse.BooleanOptionalAction, "default": f.default}
+    return {"type": type(f.default), "default": f.default, "choices": f.metadata.get("choices")}
+
+
 def parse(arguments=None):
     """The command line: one flag for every field of Config, and the modes."""
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
     for f in fields(Config):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default,
-                            choices=f.metadata.get("choices"), help=f.metadata["help"])
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind(f), help=f.metadata["help"])
     settings = vars(parser.parse_args(arguments))
     return settings.pop("compare"), Config(**settings)
 

@@ -1,7 +1,8 @@
-"""The contrastive side: NT-Xent (SimCLR, Chen et al. 2020, equation 1), the projection head, and one exact step.
+"""Self-supervision: the loss and the local step that train features, and the probes that judge them.
 
-`contrastive_step` is the local step of every method. With a micro-batch it caches gradients (GradCache,
-Gao et al. 2021): the same loss and gradients in almost constant memory."""
+NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is the local step of every method; with a
+micro-batch it caches gradients (GradCache, Gao et al. 2021): the same loss and gradients in almost constant memory.
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,3 +61,49 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
         active(chunk).backward(gradient)                                # 4. each chunk again, now with its graph
     return loss.detach()
+
+
+def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
+    """Accuracy in % of k nearest neighbours: cosine similarity, votes weighted exp(similarity / temperature).
+
+    train: [N, D], test: [M, D], labels: int64. After Wu et al. 2018, as usual for self-supervised features."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    k = min(k, len(train))
+    correct = 0
+    for part, labels in zip(test.split(500), test_labels.split(500)):
+        similarity, neighbours = (part @ train.T).topk(k)
+        votes = torch.zeros(len(part), int(train_labels.max()) + 1, device=train.device)
+        votes.scatter_add_(1, train_labels[neighbours], torch.exp(similarity / temperature))
+        correct += (votes.argmax(1) == labels).sum().item()
+    return 100 * correct / len(test)
+
+
+def linear_probe(train, train_labels, test, test_labels, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
+    """Accuracy in % of a logistic regression on frozen, standardised features, fitted by L-BFGS.
+
+    The L2 penalty is chosen on a fifth of the *training* features, then all of them are used. train: [N, D]."""
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
+    held, fit = order[:len(train) // 5], order[len(train) // 5:]
+    accuracy = lambda w, x, y: 100 * (torch.addmm(w[1], x, w[0]).argmax(1) == y).float().mean().item()
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    best = max(penalties, key=lambda p: accuracy(logistic(train[fit], train_labels[fit], classes, p),
+                                                 train[held], train_labels[held]))
+    return accuracy(logistic(train, train_labels, classes, best), test, test_labels)
+
+
+def logistic(x, y, classes, penalty):
+    """Weights [D, classes] and bias [classes] of a multinomial logistic regression with an L2 penalty."""
+    weights = [torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True),
+               torch.zeros(classes, device=x.device, requires_grad=True)]
+    optimizer = torch.optim.LBFGS(weights, max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(torch.addmm(weights[1], x, weights[0]), y) + penalty / 2 * weights[0].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return [w.detach() for w in weights]
