@@ -211,6 +211,7 @@ class Recipe:
     shift: float = 0.0   # +- share of the image's size, on top of the crop's random place
     rotate: float = 0.0  # +- degrees
     shear: float = 0.0   # +- degrees
+    elastic: float = 0.0  # +- share of the image's size by which the points of a 4 x 4 net move (Simard et al. 2003)
     flip: float = 0.0    # probability of a horizontal flip
     jitter: float = 0.0  # probability of changing the colours as follows
     brightness: float = 0.0  # factor in 1 +- brightness; likewise contrast and saturation
@@ -243,7 +244,7 @@ def two_views(images, recipe, generator):
 
     Row i and row B + i come from image i. All randomness comes from `generator`, on the images' device."""
     x = images.repeat(2, 1, 1, 1).float() / 255
-    uniform = lambda low, high: low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)  # [2B]
+    uniform = lambda low, high, *more: low + (high - low) * torch.rand(len(x), *more, device=x.device, generator=generator)
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:
         x = colour(x, recipe, uniform)
@@ -266,7 +267,10 @@ def warp(x, recipe, uniform):
     cos, sin = turn.cos(), turn.sin()
     theta = torch.stack([torch.stack([mirror * w * cos, h * (shear * cos - sin), dx], 1),
                          torch.stack([mirror * w * sin, h * (shear * sin + cos), dy], 1)], 1)  # [B, 2, 3]
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, H, W, 2]
+    if recipe.elastic:
+        net = uniform(-2, 2, 2, 4, 4) * recipe.elastic
+        grid += F.interpolate(net, grid.shape[1:3], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, padding_mode="zeros" if recipe.area[1] > 1 else "reflection", align_corners=False)
 
 

@@ -12,13 +12,14 @@ evaluation, command line.
 """
 import argparse
 import contextlib
-import copy
+import io
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
-import weakref
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,12 +29,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 from data import InputError
-from ssl_loss import ProjectionHead, contrastive_step, knn, linear_probe, nt_xent
+from ssl_loss import MemoryMeter, ProjectionHead, contrastive_step, knn, linear_probe, nt_xent, storage_id
 
 # -------------------------------------------------------------------------------------------- configuration
 
@@ -114,10 +113,6 @@ def pick_device(config):
 def rank():
     """This process among those that torchrun started."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rng(config, *key):
@@ -295,18 +290,17 @@ def grow(config, server, shape, stage):
     """The server's state at the start of a stage, with the blocks that the stage adds.
 
     A copy is the very tensors of the last block trained before, so broadcasting it costs one block, not two."""
-    server = dict(server)
-    have = 1 + max(int(name.split(".")[2]) for name in server if name.startswith("encoder.blocks."))
-    fresh = {}
-    if config.new_block == "fresh" and have < stage.present:
+    top = max(int(name.split(".")[2]) for name in server if name.startswith("encoder.blocks."))
+    source = server
+    if config.new_block == "fresh":
         device = server["encoder.cls_token"].device
-        fresh = {name: t.to(device) for name, t in
-                 initial(config, shape, stage.present, "meta" if device.type == "meta" else "cpu").items()}
-    for block in range(have, stage.present):
-        for name in [name for name in server if name.startswith(f"encoder.blocks.{have - 1}.")]:
-            new = name.replace(f".{have - 1}.", f".{block}.", 1)
-            server[new] = fresh.get(new, server[name])
-    return server
+        source = initial(config, shape, stage.present, "meta" if device.type == "meta" else "cpu")
+        source = {name: tensor.to(device) for name, tensor in source.items()}
+    added = {}
+    for b in range(top + 1, stage.present):
+        origin = f"encoder.blocks.{top if source is server else b}."
+        added |= {name.replace(origin, f"encoder.blocks.{b}."): t for name, t in source.items() if name.startswith(origin)}
+    return {**server, **added}
 
 
 # ----------------------------------------------------------------------------------------------- one client
@@ -371,50 +365,6 @@ def split(config, learner, stage):
             amp(lambda tokens: encoder.upper(tokens, stage.first)), amp(lambda x: learner.head(x)))
 
 
-class MemoryMeter(TorchDispatchMode):
-    """Peak bytes of memory taken while it is active: `with meter: ...`, as often as needed, then `meter.peak`.
-
-    On a GPU the allocator's own statistics. On the CPU every storage that an operation returns is counted until
-    it is freed: parameters, gradients, optimizer state, activations and temporaries, exact and machine-independent."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.cuda = device if torch.device(device).type == "cuda" else None
-        self.live = self.peak = 0
-        self.seen = {}  # id of a storage -> what tells when it is freed
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-            self.before = torch.cuda.memory_allocated(self.cuda)
-
-    def __enter__(self):
-        return self if self.cuda else super().__enter__()
-
-    def __exit__(self, *error):
-        if not self.cuda:
-            return super().__exit__(*error)
-        self.peak = torch.cuda.max_memory_allocated(self.cuda) - self.before
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        storages = lambda tree: {storage_id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for key, tensor in storages(result).items():
-            if key not in self.seen and key not in storages((args, kwargs)):  # new memory, neither a view nor in place
-                storage = tensor.untyped_storage()
-                self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-        return result
-
-    def freed(self, key, nbytes):
-        del self.seen[key]
-        self.live -= nbytes
-
-
-def storage_id(tensor):
-    """Identity of the memory behind a tensor; also defined for tensors without data."""
-    return tensor.untyped_storage()._cdata
-
-
 # ---------------------------------------------------------------------------------------------- the server
 
 @dataclass
@@ -443,11 +393,9 @@ class WeightedMean:
                 self.mean[name].lerp_(tensor, weight / self.weight)
 
     def combine(self, like, report):
-        """Over the processes of torchrun, if any, by one all-reduce of the weighted sum, the weight and the report.
+        """Over the processes of torchrun, by one all-reduce of the weighted sum, the weight and the report.
 
         like: name -> tensor, for the shapes; report: array of numbers, 0 where another process fills it in."""
-        if not dist.is_initialized():
-            return report
         parts = [self.mean.get(name, torch.zeros_like(t)).flatten().double() * self.weight for name, t in like.items()]
         numbers = torch.tensor([*report.flatten(), self.weight], dtype=torch.float64, device=parts[0].device)
         total = torch.cat([*parts, numbers])
@@ -487,11 +435,11 @@ class Diverged(Exception):
     """The loss became NaN or infinite on every client of a round."""
 
 
-def run_round(config, state, stage, work, progress=0.0):
+def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     """One round: broadcast, local work of the sampled clients, upload, average. Updates `state`, returns its new row.
 
     work(stage, message, round, client, progress) -> (upload, loss, peak_memory_bytes, number of images) is what a
-    client does. Under torchrun each process does every K-th client."""
+    client does. share = (rank, K) when torchrun runs K processes: each does every K-th client."""
     began, round, average = time.perf_counter(), len(state.history) + 1, WeightedMean()
     clients = sample_clients(config, round)
     kept = [draw_blocks(config, stage, round, client) for client in clients]
@@ -502,30 +450,31 @@ def run_round(config, state, stage, work, progress=0.0):
         message = broadcast(state.server, stage, kept[i])
         bytes_down.append((nbytes(news(state, stage, message, client)), nbytes(message)))
         failed = rng(config, FAILURE, round, client).random() < config.client_failure
-        if failed or i % world() != rank():
+        if failed or i % share[1] != share[0]:
             continue
         upload, loss, peak, images = work(stage, message, round, client, progress)
         report[i] = nbytes(upload), sound(upload, state.server), float(loss), peak
         if report[i, 1]:
             average.add(upload, images)
-    report = average.combine(trained, report)
+    if share[1] > 1:
+        report = average.combine(trained, report)
     answered, accepted = report[:, :2].T > 0
     if answered.any() and not np.isfinite(report[answered, 2]).any():
         raise Diverged(f"the loss became NaN or infinite on every client in round {round}")
     state.server = {**state.server, **average.mean}
     state.history.append({
         "round": round, "stage": stage.number, "method": config.method,
-        "loss": report[accepted, 2].mean() if accepted.any() else None,
+        "loss": float(report[accepted, 2].mean()) if accepted.any() else None,
         "active_blocks": list(range(stage.first, stage.present)), "clients": clients, "kept_blocks": kept,
         "lost": np.array(clients)[~answered].tolist(), "rejected": np.array(clients)[answered & ~accepted].tolist(),
         "download_bytes": float(np.mean(bytes_down, 0)[0]), "stateless_download_bytes": float(np.mean(bytes_down, 0)[1]),
-        "upload_bytes": report[:, 0].mean(),
+        "upload_bytes": float(report[:, 0].mean()),
         "macs": float(np.mean([config.local_epochs * macs(config, stage, k, state.shape) for k in kept])),
         "peak_memory_bytes": int(report[:, 3].max()), "seconds": time.perf_counter() - began})
     return state.history[-1]
 
 
-def run_rounds(config, state, work):
+def run_rounds(config, state, work, share=(0, 1)):
     """All rounds that `state` has not seen yet, one after the other; yields each row."""
     done = 0
     for stage in stages(config):
@@ -534,7 +483,7 @@ def run_rounds(config, state, work):
             if done > len(state.history):
                 if i == 0:
                     state.server = grow(config, state.server, state.shape, stage)
-                yield run_round(config, state, stage, work, i / stage.rounds)
+                yield run_round(config, state, stage, work, i / stage.rounds, share)
 
 
 def federate(config, on_round=None, dataset=None, state=None):
@@ -554,7 +503,8 @@ def federate(config, on_round=None, dataset=None, state=None):
         mine = images[parts[client].to(device)]
         return *local_train(config, stage, message, mine, round, client, progress), len(mine)
 
-    for row in run_rounds(config, state, work):
+    share = (rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for row in run_rounds(config, state, work, share):
         if on_round:
             on_round(row, state)
     return encoder_of(config, state.server, dataset.shape), state.history
@@ -641,38 +591,69 @@ def label(config):
     return {"e2e": "end-to-end", "progressive": "progressive"}[config.method]
 
 
-def prepare(config, name):
+def prepare(config, comparing, resume):
     """Load the data and make sure that everything fits before anything is written; returns (dataset, run folder)."""
     check(config)
-    out = Path(config.out or f"runs/{name}")
+    out = run_folder(config, comparing)
     if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not a run folder: choose another --out")
+    if not resume and not (out / "summary.json").exists() and any(out.glob("**/checkpoint.pt")):
+        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
     dataset = data.load(config.data, config.cache)
-    with torch.device("meta"):
-        Learner(config, dataset.shape, 1)
+    needed = 4 * nbytes(initial(config, dataset.shape, config.depth, "meta"))  # also finds a patch that does not fit
     data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", {**asdict(config), "image_shape": dataset.shape})
+        if shutil.disk_usage(out).free < needed:
+            raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
+        if not resume and rank() == 0:
+            for stale in [*out.glob("**/checkpoint.pt"), *out.glob("summary.json")]:
+                stale.unlink()
+        write(out / "config.json", {**asdict(config), "compare": comparing, "image_shape": dataset.shape})
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     return dataset, out
 
 
+def run_folder(config, comparing):
+    return Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else config.method}-seed{config.seed}")
+
+
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".pt":
-        torch.save(content, temporary)
-    else:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(content, buffer) if path.suffix == ".pt" else buffer.write(json.dumps(content, indent=1).encode())
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+
+
+def load_checkpoint(path, config):
+    """The State saved in a checkpoint of this very configuration; device and folders may differ."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        settings, state = saved["config"], State(saved["shape"], saved["server"], saved["history"],
+                                                 {client: set(names) for client, names in saved["held"].items()})
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}): "
+                         "restore it, or train anew with another --out") from None
+    refuse_changes(path, settings, asdict(config))
+    return state
+
+
+def refuse_changes(path, saved, asked):
+    """Raise InputError if a setting that shapes the result differs from the saved one."""
+    for name, value in asked.items():
+        if name not in ("device", "out", "cache") and value != saved.get(name):
+            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was trained with {saved.get(name)}: "
+                             "resume without that flag, or train anew with another --out")
 
 
 def load_encoder(run):
     """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
     settings = json.loads((Path(run) / "config.json").read_text())
-    shape = settings.pop("image_shape")
+    shape, _ = settings.pop("image_shape"), settings.pop("compare")
     state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
     return encoder_of(Config(**settings), {f"encoder.{name}": tensor for name, tensor in state.items()}, shape)
 
@@ -684,28 +665,38 @@ def strip(row):
     return " ".join(strips) + " ..." * (len(row["kept_blocks"]) > 3)
 
 
-def train(config, dataset, out):
-    """Train one method, one line a round, and leave a run folder. Returns (encoder, history)."""
-    plan, began = stages(config), time.perf_counter()
+def mishaps(row):
+    """What went wrong in a round, in words."""
+    said = [f"client {c} lost" for c in row["lost"]] + [f"client {c} rejected: NaN, infinity or a wrong shape" for c in row["rejected"]]
+    said += ["nobody answered, the model stays as it was"] * (row["loss"] is None)
+    return "  (" + "; ".join(said) + ")" if said else ""
+
+
+def train(config, dataset, out, resume):
+    """Train one method, one line a round, and leave a run folder; resume goes on from its checkpoint, if there is one.
+
+    Returns (encoder, history)."""
+    state = load_checkpoint(out / "checkpoint.pt", config) if resume and (out / "checkpoint.pt").exists() else None
+    plan, began, already = stages(config), time.perf_counter(), len(state.history) if state else 0
     work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
     print(f"\n{label(config)}: {config.rounds} rounds in {len(plan)} stages; blocks are A active, + frozen, . dropped; "
           f"bytes and peak memory are a client's\n{'stage':>6} {'round':>8} {'active':>7} {'clients':>8} {'loss':>6} "
           f"{'down MB':>8} {'up MB':>7} {'peak MiB':>9} {'seconds':>8} {'left s':>7}  blocks of each client")
 
-    def show(row, state):
-        done, spent = row["round"], time.perf_counter() - began
-        left = spent * sum(work[done:]) / sum(work[:done])
-        active = row["active_blocks"]
-        span = f"{active[0] + 1}-{active[-1] + 1}" if len(active) > 1 else f"{active[0] + 1}"
-        print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {span:>7} "
-              f"{len(row['clients']) - len(row['lost']) - len(row['rejected']):>4}/{config.clients:<3} "
-              f"{row['loss'] if row['loss'] is not None else math.nan:>6.3f} {row['download_bytes'] / 1e6:>8.3f} "
-              f"{row['upload_bytes'] / 1e6:>7.3f} {row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} "
-              f"{left:>7.0f}  {strip(row)}", flush=True)
+    def after(row, state):
+        done = row["round"]
+        left = (time.perf_counter() - began) * sum(work[done:]) / sum(work[already:done])
+        first, last = row["active_blocks"][0] + 1, row["active_blocks"][-1] + 1
+        answered = len(row["clients"]) - len(row["lost"]) - len(row["rejected"])
+        print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {f'{first}-{last}' if last > first else last:>7} "
+              f"{answered:>4}/{config.clients:<3} {'  none' if row['loss'] is None else format(row['loss'], '6.3f')} "
+              f"{row['download_bytes'] / 1e6:>8.3f} {row['upload_bytes'] / 1e6:>7.3f} "
+              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} {left:>7.0f}  {strip(row)}{mishaps(row)}",
+              flush=True)
+        write(out / "checkpoint.pt", {"config": asdict(config), "shape": state.shape, "server": state.server,
+                                      "history": state.history, "held": {c: sorted(h) for c, h in state.held.items()}})
 
-    encoder, history = federate(config, show, dataset)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.json", {**asdict(config), "image_shape": dataset.shape})
+    encoder, history = federate(config, after, dataset, state)
     write(out / "history.json", history)
     write(out / "encoder.pt", {name: tensor.cpu() for name, tensor in encoder.state_dict().items()})
     return encoder, history
@@ -737,42 +728,57 @@ def table(rows):
     return "\n".join(lines)
 
 
+def ratios(rows):
+    """How many times the first row's cost the last row's is, as one more line of their table."""
+    first, last = list(rows.values())[0], list(rows.values())[-1]
+    line = "".join(f"{f'{last[c] / first[c]:.1f}x':>14}" for c in COLUMNS if c in first)
+    return f"\n{'ratio':<{2 + max(map(len, rows))}}{line}" if len(rows) > 1 else ""
+
+
 NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
         "received, stateless one that keeps nothing between rounds.")
 
 
-def run(config):
+def run(config, resume):
     """Train one method and report what was learned and what it cost next to end-to-end training."""
-    dataset, out = prepare(config, f"{Path(config.data).stem}-{config.method}-seed{config.seed}")
-    encoder, history = train(config, dataset, out)
+    dataset, out = prepare(config, False, resume)
+    stop_on_interrupt(out)
+    encoder, history = train(config, dataset, out, resume)
     seconds = sum(row["seconds"] for row in history)
-    learned = {**baselines(config, dataset),
-               label(config): evaluate(lambda images: features(encoder, images), dataset)}
+    if rank():
+        return
+    learned = {**baselines(config, dataset), label(config): evaluate(lambda images: features(encoder, images), dataset)}
     paid = {label(config): cost(config, config.method, dataset.shape)}
     if config.method != "e2e":
         paid["end-to-end"] = cost(config, "e2e", dataset.shape)
-        mine, theirs = paid.values()
-        ratio = {name: theirs[name] / mine[name] for name in mine}
     print(f"\nWhat was learned: accuracy on {len(dataset.test_images):,} test images\n{table(learned)}")
-    print(f"\nWhat it cost\n{table(paid)}")
-    if config.method != "e2e":
-        print("end-to-end pays " + ", ".join(f"{ratio[c]:.1f}x {COLUMNS[c][0].rsplit(' ', 1)[0]}" for c in ratio))
-    print(NOTE)
+    print(f"\nWhat it cost a client\n{table(paid)}{ratios(paid)}\n{NOTE}")
     write(out / "summary.json", {"method": label(config), "accuracy": learned, "cost": paid, "seconds": seconds})
     print(f"{seconds:.0f} s of training; encoder.pt, config.json, history.json and summary.json are in {out}")
 
 
-def compare(config):
+def compare(config, resume):
     """Train every method on the same data, seed and rounds; one table of accuracy and cost."""
-    dataset, out = prepare(config, f"{Path(config.data).stem}-compare-seed{config.seed}")
-    rows = baselines(config, dataset)
+    dataset, out = prepare(config, True, resume)
+    stop_on_interrupt(out)
+    rows = baselines(config, dataset) if rank() == 0 else {}
     for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
-        one = replace(config, method=method, depth_dropout=p)
-        encoder, history = train(one, dataset, out / (method + "-fdd" * (p > 0)))
-        rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
-                            **cost(one, method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
+        one = replace(config, method=method, depth_dropout=p, out=str(out / (method + "-fdd" * (p > 0))))
+        encoder, history = train(one, *prepare(one, False, True), resume)
+        if rank() == 0:
+            rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
+                                **cost(one, method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
+    if rank() == 0:
         write(out / "summary.json", rows)
-    print(f"\n{table(rows)}\n{NOTE}\nEvery method has its run folder in {out}, and the table is {out}/summary.json")
+        print(f"\n{table(rows)}\n{NOTE}\nEvery method has its run folder in {out}, and the table is {out}/summary.json")
+
+
+def stop_on_interrupt(out):
+    """Let Ctrl-C end the program at once: checkpoints are whole at any moment."""
+    def stop(*_):
+        print(f"\ninterrupted; go on with: python fllw.py --resume {out}", file=sys.stderr, flush=True)
+        os._exit(130)
+    signal.signal(signal.SIGINT, stop)
 
 
 class Parser(argparse.ArgumentParser):
@@ -780,30 +786,58 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def kind(f):
-    """How argparse reads a field of Config."""
-    if isinstance(f.default, bool):
-        return {"action": argparse.BooleanOptionalAction, "default": f.default}
-    return {"type": type(f.default), "default": f.default, "choices": f.metadata.get("choices")}
-
-
 def parse(arguments=None):
-    """The command line: one flag for every field of Config, and the modes."""
-    parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The command line: one flag for every field of Config, and the modes. Returns (mode, resume, config)."""
+    parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
     for f in fields(Config):
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind(f), help=f.metadata["help"])
-    settings = vars(parser.parse_args(arguments))
-    return settings.pop("compare"), Config(**settings)
+        form = {"type": type(f.default), "choices": f.metadata.get("choices")}
+        form = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else form
+        parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
+    given = vars(parser.parse_args(arguments))
+    comparing, resume = given.pop("compare", False), given.pop("resume", None)
+    if resume:
+        try:
+            saved = json.loads((Path(resume) / "config.json").read_text())
+            comparing = saved.pop("compare")
+            del saved["image_shape"]
+            Config(**saved)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{resume} is not a run folder: --resume takes the folder of an earlier run") from None
+        refuse_changes(resume, saved, given)
+        given = {**saved, **given, "out": resume}
+    return comparing, bool(resume), Config(**given)
 
 
-def main():
+def join_processes(config):
+    """Under torchrun, join the other processes; the first one alone prints and writes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        cuda = pick_device(config).type == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def main(arguments=None):
+    config = comparing = None
     try:
-        comparing, config = parse()
-        (compare if comparing else run)(config)
+        comparing, resume, config = parse(arguments)
+        join_processes(config)
+        (compare if comparing else run)(config, resume)
     except InputError as error:
         print(f"fllw.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except Diverged as error:
+        print(f"fllw.py: {error}; the rounds before are saved in {run_folder(config, comparing)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # before there is anything to save
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

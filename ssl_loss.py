@@ -1,11 +1,15 @@
-"""Self-supervision: the loss and the local step that train features, and the probes that judge them.
+"""Self-supervision: the loss, the local step and a meter of its memory, and the probes that judge features.
 
 NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is the local step of every method; with a
 micro-batch it caches gradients (GradCache, Gao et al. 2021): the same loss and gradients in almost constant memory.
 """
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def nt_xent(z1, z2, temperature=0.1):
@@ -61,6 +65,50 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
         active(chunk).backward(gradient)                                # 4. each chunk again, now with its graph
     return loss.detach()
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Peak bytes of memory taken while it is active: `with meter: ...`, as often as needed, then `meter.peak`.
+
+    On a GPU the allocator's own statistics. On the CPU every storage that an operation returns is counted until
+    it is freed: parameters, gradients, optimizer state, activations and temporaries, exact and machine-independent."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.cuda = device if torch.device(device).type == "cuda" else None
+        self.live = self.peak = 0
+        self.seen = {}  # id of a storage -> what tells when it is freed
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+            self.before = torch.cuda.memory_allocated(self.cuda)
+
+    def __enter__(self):
+        return self if self.cuda else super().__enter__()
+
+    def __exit__(self, *error):
+        if not self.cuda:
+            return super().__exit__(*error)
+        self.peak = torch.cuda.max_memory_allocated(self.cuda) - self.before
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        storages = lambda tree: {storage_id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for key, tensor in storages(result).items():
+            if key not in self.seen and key not in storages((args, kwargs)):  # new memory, neither a view nor in place
+                storage = tensor.untyped_storage()
+                self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return result
+
+    def freed(self, key, nbytes):
+        del self.seen[key]
+        self.live -= nbytes
+
+
+def storage_id(tensor):
+    """Identity of the memory behind a tensor; also defined for tensors without data."""
+    return tensor.untyped_storage()._cdata
 
 
 def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
