@@ -346,11 +346,10 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         share = step / (config.local_epochs * steps)  # of this round
         optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
         with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
-            views = data.two_views(images[order[step % steps]], recipe, draws)
             optimizer.zero_grad()
-            total += contrastive_step(frozen, active, head, views, criterion, config.micro_batch)
+            total += contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], recipe, draws),
+                                      criterion, config.micro_batch)
             optimizer.step()
-            del views
     return {name: p.detach() for name, p in trained.items()}, total / (config.local_epochs * steps), meter.peak
 
 

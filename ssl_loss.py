@@ -57,6 +57,7 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
         loss.backward()
         return loss.detach()
     chunks = [frozen(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks once, kept
+    del views
     with torch.no_grad():
         features = torch.cat([active(chunk) for chunk in chunks])       # 2. all features [2B, dim], no graph
     features.requires_grad_()
