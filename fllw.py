@@ -13,6 +13,7 @@ evaluation, command line.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -772,6 +773,76 @@ def compare(config, resume):
         print(f"\n{table(rows)}\n{NOTE}\nEvery method has its run folder in {out}, and the table is {out}/summary.json")
 
 
+def benchmark(config, resume=False, turns=3, steps=3):
+    """Seconds of a local step at the first, middle and last stage of every method (medians of turns, taken in turn),
+    next to a bare loop over the same model with no federation around it and to the share that macs() predicts."""
+    check(config)
+    shape = (3, 32, 32) if config.data in data.ARCHIVES else data.load(config.data).shape
+    device = pick_device(config)
+    images = torch.randint(0, 256, ((2 + steps) * config.batch_size, *shape), dtype=torch.uint8, device=device)
+    cases, spent = [], {}
+    for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
+        one = replace(config, method=method, depth_dropout=p, local_epochs=1)
+        plan = stages(one)
+        for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
+            frozen = round((1 - p) * stage.first)  # as many as are kept on average
+            kept = [b for b in range(stage.present) if b < frozen or b >= stage.first]
+            cases.append((one, stage, kept, broadcast(initial(one, shape, stage.present), stage, kept)))
+
+    def clock(function, *arguments):
+        began = time.perf_counter()
+        function(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def bare(one, stage, message):
+        learner = receive(one, {name: t.to(device) for name, t in message.items()}, shape, stage)
+        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], fused=True)
+        views = data.normalise(images[:config.batch_size].repeat(2, 1, 1, 1))
+        def loop(n):
+            for _ in range(n):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                    with torch.set_grad_enabled(stage.first == 0):
+                        tokens = learner.encoder.lower(views, stage.first)
+                    z = learner.head(learner.encoder.upper(tokens, stage.first))
+                optimizer.zero_grad()
+                nt_xent(*z.chunk(2), config.temperature).backward()
+                optimizer.step()
+        loop(1)
+        return clock(loop, steps) / steps
+
+    for turn in range(turns):
+        for i, (one, stage, kept, message) in enumerate(cases):
+            message = {name: t.to(device) for name, t in message.items()}
+            short, long = (clock(local_train, one, stage, message, images[:n * config.batch_size], 1, 0) for n in (2, 2 + steps))
+            average = WeightedMean()
+            server = clock(lambda: [average.add(broadcast(message, stage, kept), 1) for _ in range(2)]) / 2
+            spent.setdefault(i, []).append(((long - short) / steps, bare(one, stage, message), server))
+    print(f"{config.batch_size} images a step, {shape[0]}x{shape[1]}x{shape[2]}, width {config.dim}, {config.depth} blocks, micro-batch "
+          f"{config.micro_batch or 'none'}, on {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}\n"
+          f"{'':<18}{'stage':>6}{'s/step':>9}{'images/s':>10}{'TFLOP/s':>9}{'step/bare':>11}{'of e2e':>8}{'predicted':>11}{'server s':>10}")
+    whole, whole_macs = np.median([t[0] for t in spent[0]]), macs(*cases[0][:3], shape)
+    for name, group in itertools.groupby(range(len(cases)), lambda i: label(cases[i][0])):
+        rows = []
+        for i in group:
+            one, stage, kept, _ = cases[i]
+            step, ratio, server = np.median([(a, a / b, c) for a, b, c in spent[i]], 0)
+            work = macs(one, stage, kept, shape)
+            rows.append([step, config.batch_size / step, 2e-12 * work * config.batch_size / step, ratio, step / whole, work / whole_macs, server])
+            print("{:<18}{:>6}{:>9.3f}{:>10.0f}{:>9.2f}{:>11.2f}{:>8.2f}{:>11.2f}{:>10.4f}".format(name, stage.number, *rows[-1]))
+        if len(rows) > 1:
+            print("{:<18}{:>6}{:>9.3f}{:>10}{:>9}{:>11.2f}{:>8.2f}{:>11.2f}{:>10.4f}".format(
+                "", "mean", np.mean([r[0] for r in rows]), "", "", *np.mean(rows, 0)[3:]))
+    print(f"\nPeak memory of a local step, MiB (at the last stage), plain and with micro-batches of 16 images\n"
+          f"{'':<18}{'batch':>6}{'plain':>9}{'ratio':>8}{'micro':>9}{'ratio':>8}")
+    for batch in (64, 256, 512):
+        for one, stage, kept, _ in [c for i, c in enumerate(cases) if i + 1 == len(cases) or cases[i + 1][0] is not c[0]]:
+            plain, micro = (step_memory(replace(one, batch_size=batch, micro_batch=m), stage, kept, shape) / 2**20 for m in (0, 16))
+            top = plain if one.method == "e2e" else top
+            print(f"{label(one):<18}{batch:>6}{plain:>9.0f}{top / plain:>7.1f}x{micro:>9.0f}{top / micro:>7.1f}x", flush=True)
+
+
 def stop_on_interrupt(out):
     """Let Ctrl-C end the program at once: checkpoints are whole at any moment."""
     def stop(*_):
@@ -786,9 +857,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments=None):
-    """The command line: one flag for every field of Config, and the modes. Returns (mode, resume, config)."""
+    """The command line: one flag for every field of Config, and the modes. Returns (command, resume, config)."""
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
+    parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
     for f in fields(Config):
         form = {"type": type(f.default), "choices": f.metadata.get("choices")}
@@ -796,17 +868,18 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
     given = vars(parser.parse_args(arguments))
     comparing, resume = given.pop("compare", False), given.pop("resume", None)
+    command = benchmark if given.pop("benchmark", False) else compare if comparing else run
     if resume:
         try:
             saved = json.loads((Path(resume) / "config.json").read_text())
-            comparing = saved.pop("compare")
+            command = compare if saved.pop("compare") else run
             del saved["image_shape"]
             Config(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{resume} is not a run folder: --resume takes the folder of an earlier run") from None
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
-    return comparing, bool(resume), Config(**given)
+    return command, bool(resume), Config(**given)
 
 
 def join_processes(config):
@@ -821,16 +894,16 @@ def join_processes(config):
 
 
 def main(arguments=None):
-    config = comparing = None
+    config = None
     try:
-        comparing, resume, config = parse(arguments)
+        command, resume, config = parse(arguments)
         join_processes(config)
-        (compare if comparing else run)(config, resume)
+        command(config, resume)
     except InputError as error:
         print(f"fllw.py: {error}", file=sys.stderr)
         sys.exit(2)
     except Diverged as error:
-        print(f"fllw.py: {error}; the rounds before are saved in {run_folder(config, comparing)}", file=sys.stderr)
+        print(f"fllw.py: {error}; the rounds before are saved: --resume goes on from them", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
