@@ -223,7 +223,7 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(area=(0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15),
+    "digits": Recipe(area=(0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
     "natural": Recipe(area=(0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
                       saturation=0.4, hue=0.1, grey=0.2, blur=0.5),
 }

@@ -67,7 +67,7 @@ class Config:
     client_failure: float = knob(0.0, "probability that a sampled client drops out of a round before uploading")
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
-    temperature: float = knob(0.1, "temperature of NT-Xent", low=1e-6)
+    temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
     augment: str = knob("auto", "recipe of the two views; auto is digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural"))
     amp: bool = knob(False, "bf16 autocast for the model; the loss stays in float32")
