@@ -609,7 +609,8 @@ def prepare(config, comparing, resume):
         if not resume and rank() == 0:
             for stale in [*out.glob("**/checkpoint.pt"), *out.glob("summary.json")]:
                 stale.unlink()
-        write(out / "config.json", {**asdict(config), "compare": comparing, "image_shape": dataset.shape})
+        if comparing:
+            write(out / "config.json", {**asdict(config), "compare": True})
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     return dataset, out
@@ -653,7 +654,8 @@ def refuse_changes(path, saved, asked):
 def load_encoder(run):
     """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
     settings = json.loads((Path(run) / "config.json").read_text())
-    shape, _ = settings.pop("image_shape"), settings.pop("compare")
+    shape = settings.pop("image_shape")
+    del settings["compare"]
     state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
     return encoder_of(Config(**settings), {f"encoder.{name}": tensor for name, tensor in state.items()}, shape)
 
@@ -676,6 +678,8 @@ def train(config, dataset, out, resume):
     """Train one method, one line a round, and leave a run folder; resume goes on from its checkpoint, if there is one.
 
     Returns (encoder, history)."""
+    out.mkdir(exist_ok=True)
+    write(out / "config.json", {**asdict(config), "compare": False, "image_shape": dataset.shape})
     state = load_checkpoint(out / "checkpoint.pt", config) if resume and (out / "checkpoint.pt").exists() else None
     plan, began, already = stages(config), time.perf_counter(), len(state.history) if state else 0
     work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
@@ -721,59 +725,45 @@ def table(rows):
     """Rows {name: {column: number}} as text, in the order of COLUMNS; a dash where a row has no such number."""
     columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
     width = 2 + max(map(len, rows))
-    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>14}" for c in columns)]
+    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
     for name, row in rows.items():
         cells = [f"{row[c] / COLUMNS[c][1]:{COLUMNS[c][2]}}" if c in row else "-" for c in columns]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
-
-
-def ratios(rows):
-    """How many times the first row's cost the last row's is, as one more line of their table."""
-    first, last = list(rows.values())[0], list(rows.values())[-1]
-    line = "".join(f"{f'{last[c] / first[c]:.1f}x':>14}" for c in COLUMNS if c in first)
-    return f"\n{'ratio':<{2 + max(map(len, rows))}}{line}" if len(rows) > 1 else ""
 
 
 NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
         "received, stateless one that keeps nothing between rounds.")
 
 
-def run(config, resume):
-    """Train one method and report what was learned and what it cost next to end-to-end training."""
-    dataset, out = prepare(config, False, resume)
+def run(config, comparing, resume):
+    """Train one method, or compare all on the same data, seed and rounds; one table of accuracy and cost."""
+    dataset, out = prepare(config, comparing, resume)
     stop_on_interrupt(out)
-    encoder, history = train(config, dataset, out, resume)
-    seconds = sum(row["seconds"] for row in history)
+    variants = {out: config}
+    if comparing:
+        variants = {out / (method + "-fdd" * (p > 0)): replace(config, method=method, depth_dropout=p) for method, p in
+                    (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5))}
+    trained = {folder: train(one, dataset, folder, resume) for folder, one in variants.items()}
     if rank():
         return
-    learned = {**baselines(config, dataset), label(config): evaluate(lambda images: features(encoder, images), dataset)}
-    paid = {label(config): cost(config, config.method, dataset.shape)}
-    if config.method != "e2e":
-        paid["end-to-end"] = cost(config, "e2e", dataset.shape)
-    print(f"\nWhat was learned: accuracy on {len(dataset.test_images):,} test images\n{table(learned)}")
-    print(f"\nWhat it cost a client\n{table(paid)}{ratios(paid)}\n{NOTE}")
-    write(out / "summary.json", {"method": label(config), "accuracy": learned, "cost": paid, "seconds": seconds})
-    print(f"{seconds:.0f} s of training; encoder.pt, config.json, history.json and summary.json are in {out}")
+    rows = baselines(config, dataset)
+    for folder, one in variants.items():
+        encoder, history = trained[folder]
+        rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
+                            **cost(one, one.method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
+    text = table(rows)
+    if not comparing and config.method != "e2e":
+        whole, mine = rows.setdefault("end-to-end", cost(config, "e2e", dataset.shape)), rows[label(config)]
+        width = text.index("k-NN") + 4 - 13
+        text = table(rows) + f"\n{'ratio':<{width}}" + "".join(f"{f'{whole[c] / mine[c]:.1f}x' if c in whole else '':>13}"
+                                                                 for c in COLUMNS if c in mine)
+    print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n{text}\n{NOTE}")
+    write(out / "summary.json", rows)
+    print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
 
 
-def compare(config, resume):
-    """Train every method on the same data, seed and rounds; one table of accuracy and cost."""
-    dataset, out = prepare(config, True, resume)
-    stop_on_interrupt(out)
-    rows = baselines(config, dataset) if rank() == 0 else {}
-    for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
-        one = replace(config, method=method, depth_dropout=p, out=str(out / (method + "-fdd" * (p > 0))))
-        encoder, history = train(one, *prepare(one, False, True), resume)
-        if rank() == 0:
-            rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
-                                **cost(one, method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
-    if rank() == 0:
-        write(out / "summary.json", rows)
-        print(f"\n{table(rows)}\n{NOTE}\nEvery method has its run folder in {out}, and the table is {out}/summary.json")
-
-
-def benchmark(config, resume=False, turns=3, steps=3):
+def benchmark(config, turns=3, steps=3):
     """Seconds of a local step at the first, middle and last stage of every method (medians of turns, taken in turn),
     next to a bare loop over the same model with no federation around it and to the share that macs() predicts."""
     check(config)
@@ -857,7 +847,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments=None):
-    """The command line: one flag for every field of Config, and the modes. Returns (command, resume, config)."""
+    """The command line: one flag for every field of Config, and the modes. Returns (function, its arguments)."""
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
     parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
@@ -868,18 +858,19 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
     given = vars(parser.parse_args(arguments))
     comparing, resume = given.pop("compare", False), given.pop("resume", None)
-    command = benchmark if given.pop("benchmark", False) else compare if comparing else run
+    if given.pop("benchmark", False):
+        return benchmark, (Config(**given),)
     if resume:
         try:
             saved = json.loads((Path(resume) / "config.json").read_text())
-            command = compare if saved.pop("compare") else run
-            del saved["image_shape"]
+            comparing = saved.pop("compare")
+            saved.pop("image_shape", None)
             Config(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{resume} is not a run folder: --resume takes the folder of an earlier run") from None
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
-    return command, bool(resume), Config(**given)
+    return run, (Config(**given), comparing, bool(resume))
 
 
 def join_processes(config):
@@ -894,11 +885,10 @@ def join_processes(config):
 
 
 def main(arguments=None):
-    config = None
     try:
-        command, resume, config = parse(arguments)
-        join_processes(config)
-        command(config, resume)
+        function, settings = parse(arguments)
+        join_processes(settings[0])
+        function(*settings)
     except InputError as error:
         print(f"fllw.py: {error}", file=sys.stderr)
         sys.exit(2)
