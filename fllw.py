@@ -328,13 +328,13 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
     """One client's work in one round.
 
     message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: the share of the
-    stage's rounds that is done. Returns (upload, loss, peak_memory_bytes): the trained tensors, the mean loss over
-    the local steps, and the memory its first two steps took."""
+    stage's rounds that is done. Returns (upload, losses, peak_memory_bytes): the trained tensors, the loss of every
+    local step [steps], and the memory that the first two of them took."""
     recipe = data.RECIPES[data.recipe_for(config.data) if config.augment == "auto" else config.augment]
     draws = torch.Generator(images.device).manual_seed(int(rng(config, TRAINING, round, client).integers(2**63)))
     batch = min(config.batch_size, len(images))
     steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
-    meter, total = MemoryMeter(images.device), 0.0
+    meter, losses = MemoryMeter(images.device), []
     with meter:
         learner = receive(config, message, images.shape[1:], stage)
         trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
@@ -348,10 +348,10 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
         with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
             optimizer.zero_grad()
-            total += contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], recipe, draws),
-                                      criterion, config.micro_batch)
+            losses.append(contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], recipe, draws),
+                                           criterion, config.micro_batch))
             optimizer.step()
-    return {name: p.detach() for name, p in trained.items()}, total / (config.local_epochs * steps), meter.peak
+    return {name: p.detach() for name, p in trained.items()}, torch.stack(losses), meter.peak
 
 
 def split(config, learner, stage):
@@ -360,9 +360,9 @@ def split(config, learner, stage):
     amp = torch.autocast(device, torch.bfloat16, enabled=config.amp)  # the loss itself stays in float32
     encoder = learner.encoder
     if stage.first == 0:
-        return (lambda images: images), amp(lambda images: encoder(images)), amp(lambda x: learner.head(x))
+        return (lambda images: images), amp(encoder.forward), amp(learner.head.forward)
     return (torch.no_grad()(amp(lambda images: encoder.lower(images, stage.first))),
-            amp(lambda tokens: encoder.upper(tokens, stage.first)), amp(lambda x: learner.head(x)))
+            amp(lambda tokens: encoder.upper(tokens, stage.first)), amp(learner.head.forward))
 
 
 # ---------------------------------------------------------------------------------------------- the server
@@ -438,7 +438,7 @@ class Diverged(Exception):
 def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     """One round: broadcast, local work of the sampled clients, upload, average. Updates `state`, returns its new row.
 
-    work(stage, message, round, client, progress) -> (upload, loss, peak_memory_bytes, number of images) is what a
+    work(stage, message, round, client, progress) -> (upload, losses, peak_memory_bytes, number of images) is what a
     client does. share = (rank, K) when torchrun runs K processes: each does every K-th client."""
     began, round, average = time.perf_counter(), len(state.history) + 1, WeightedMean()
     clients = sample_clients(config, round)
@@ -452,8 +452,8 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
         failed = rng(config, FAILURE, round, client).random() < config.client_failure
         if failed or i % share[1] != share[0]:
             continue
-        upload, loss, peak, images = work(stage, message, round, client, progress)
-        report[i] = nbytes(upload), sound(upload, state.server), float(loss), peak
+        upload, losses, peak, images = work(stage, message, round, client, progress)
+        report[i] = nbytes(upload), sound(upload, state.server), losses.mean().item(), peak
         if report[i, 1]:
             average.add(upload, images)
     if share[1] > 1:
@@ -556,7 +556,7 @@ def cost(config, method, image_shape):
     config = replace(config, method=method)
     check(config)
     plan = stages(config)
-    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, 0.0, 0, 1)
+    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, torch.zeros(1), 0, 1)
     rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work))
     fullest = {row["stage"]: max(row["kept_blocks"], key=len) for row in rows}
     return {**{name: sum(row[name] for row in rows)

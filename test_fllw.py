@@ -332,7 +332,7 @@ def test_sampling_covers_all_clients_and_ten_thousand_work():
 def test_lost_clients_are_left_out_and_the_weights_renormalised():
     config, d, stage = replace(SMALL, client_failure=0.5), images(), Stage(1, 0, 1, 9)
     state = fllw.State(d.shape, fllw.initial(config, d.shape, 1))
-    constant = lambda s, m, r, c, p: ({name: torch.full_like(t, c) for name, t in m.items()}, 0.0, 0, 10 * (c + 1))
+    constant = lambda s, m, r, c, p: ({name: torch.full_like(t, c) for name, t in m.items()}, torch.zeros(1), 0, 10 * (c + 1))
     patterns = set()
     for _ in range(30):
         before = state.server
@@ -357,7 +357,7 @@ def test_a_bad_upload_is_rejected_counted_and_the_round_goes_on(spoil):
         upload = {name: torch.full_like(t, client) for name, t in message.items()}
         if client == 1:
             upload["head.0.weight"] = spoil(upload["head.0.weight"])
-        return upload, 1.0, 0, 10
+        return upload, torch.ones(1), 0, 10
 
     row = fllw.run_round(SMALL, state, stage, work)
     assert row["rejected"] == [1] and row["lost"] == [] and row["loss"] == 1.0
@@ -369,7 +369,7 @@ def test_nan_on_every_client_stops_with_the_last_round_kept():
     state = fllw.State(d.shape, fllw.initial(SMALL, d.shape, 1))
     before = dict(state.server)
     with pytest.raises(fllw.Diverged):
-        fllw.run_round(SMALL, state, stage, lambda s, m, r, c, p: ({n: t * math.nan for n, t in m.items()}, math.nan, 0, 1))
+        fllw.run_round(SMALL, state, stage, lambda s, m, r, c, p: ({n: t * math.nan for n, t in m.items()}, torch.tensor([math.nan]), 0, 1))
     assert state.server == before and state.history == []
 
 
@@ -394,9 +394,9 @@ def test_cost_counts_what_training_hands_over():
         nonlocal sent, uploaded
         unique = {t.data_ptr(): t for t in message.values()}
         sent += sum(t.numel() * 4 for t in unique.values())
-        upload, loss, peak = original(config, stage, message, *rest)
+        upload, losses, peak = original(config, stage, message, *rest)
         uploaded += sum(t.numel() * 4 for t in upload.values())
-        return upload, loss, peak
+        return upload, losses, peak
 
     fllw.local_train = spy
     try:
