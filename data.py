@@ -4,10 +4,10 @@ Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns
 Recipes follow SimCLR (Chen et al. 2020, appendix A) for natural images and small affine maps for digits.
 """
 import hashlib
+import http.client
 import math
 import os
 import tarfile
-import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ def download(archive, cache):
         part = path.with_suffix(".part")
         try:
             fetch(archive, part)
-        except (urllib.error.URLError, OSError) as error:
+        except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
             raise InputError(f"could not download {archive.url} ({error}): run the same command again to resume, "
                              f"or put the file at {path} yourself") from None
         if sha256(part) != archive.sha256:

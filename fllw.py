@@ -77,6 +77,11 @@ class Config:
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
 
 
+PRESETS = {"paper": dict(  # the setting of Tun et al. 2024
+    data="cifar10", dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
+    clients=10, rounds=180, local_epochs=3, batch_size=512)}
+
+
 def check(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
     for f in fields(config):
@@ -688,6 +693,8 @@ def train(config, dataset, out, resume):
           f"{'down MB':>8} {'up MB':>7} {'peak MiB':>9} {'seconds':>8} {'left s':>7}  blocks of each client")
 
     def after(row, state):
+        write(out / "checkpoint.pt", {"config": asdict(config), "shape": state.shape, "server": state.server,
+                                      "history": state.history, "held": {c: sorted(h) for c, h in state.held.items()}})
         done = row["round"]
         left = (time.perf_counter() - began) * sum(work[done:]) / sum(work[already:done])
         first, last = row["active_blocks"][0] + 1, row["active_blocks"][-1] + 1
@@ -697,8 +704,6 @@ def train(config, dataset, out, resume):
               f"{row['download_bytes'] / 1e6:>8.3f} {row['upload_bytes'] / 1e6:>7.3f} "
               f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} {left:>7.0f}  {strip(row)}{mishaps(row)}",
               flush=True)
-        write(out / "checkpoint.pt", {"config": asdict(config), "shape": state.shape, "server": state.server,
-                                      "history": state.history, "held": {c: sorted(h) for c, h in state.held.items()}})
 
     encoder, history = federate(config, after, dataset, state)
     write(out / "history.json", history)
@@ -851,12 +856,14 @@ def parse(arguments=None):
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
     parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from: paper is ViT-Tiny on CIFAR-10 as in Tun et al. 2024")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
     for f in fields(Config):
         form = {"type": type(f.default), "choices": f.metadata.get("choices")}
         form = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else form
         parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
     given = vars(parser.parse_args(arguments))
+    given = {**PRESETS.get(given.pop("preset", None), {}), **given}
     comparing, resume = given.pop("compare", False), given.pop("resume", None)
     if given.pop("benchmark", False):
         return benchmark, (Config(**given),)
@@ -894,6 +901,9 @@ def main(arguments=None):
         sys.exit(2)
     except Diverged as error:
         print(f"fllw.py: {error}; the rounds before are saved: --resume goes on from them", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"fllw.py: {error}; the last checkpoint is whole: --resume goes on from it", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)

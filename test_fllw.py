@@ -30,8 +30,7 @@ from fllw import Config, InputError, Stage
 HERE = Path(__file__).resolve().parent
 SMALL = Config(dim=16, depth=3, heads=2, patch_size=7, head_hidden=24, head_dim=8, clients=3, rounds=6, batch_size=8,
                depth_dropout=0.5, device="cpu", augment="digits")
-PAPER = Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256, clients=10, rounds=180,
-               local_epochs=3, batch_size=512, depth_dropout=0.0, augment="natural", device="cpu")
+PAPER = Config(**fllw.PRESETS["paper"], depth_dropout=0.0, device="cpu")
 
 
 def images(n=60, shape=(1, 14, 14), classes=5, seed=0):
@@ -110,6 +109,14 @@ def test_micro_batches_give_the_plain_loss_and_gradients(first, present, micro):
     (plain, expected), (cached, gradient) = results
     assert cached.item() == pytest.approx(plain.item(), rel=1e-5)
     assert expected.norm() > 0.1 and (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_bf16_autocast_stays_close_and_keeps_the_loss_in_float32():
+    (_, plain), (encoder, amp) = (fllw.federate(replace(SMALL, amp=a, micro_batch=m), dataset=images()) for a, m in ((False, 0), (True, 4)))
+    assert all(p.dtype == torch.float32 for p in encoder.parameters())
+    assert [r["loss"] for r in amp] == pytest.approx([r["loss"] for r in plain], rel=0.05) and amp[0]["loss"] != plain[0]["loss"]
+    z1, z2 = torch.randn(2, 8, 16)
+    assert ssl_loss.nt_xent(z1.bfloat16(), z2.bfloat16(), 0.1).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------- model
@@ -827,6 +834,11 @@ def test_help_explains_every_setting():
     assert done.returncode == 0
     for f in fields(Config):
         assert "--" + f.name.replace("_", "-") in text and repr(f.default) in text and len(f.metadata["help"]) > 10
+
+
+def test_flags_override_a_preset():
+    _, (config, comparing, resume) = fllw.parse("--preset paper --depth 6 --seed 3".split())
+    assert config == replace(Config(**fllw.PRESETS["paper"]), depth=6, seed=3) and not comparing and not resume
 
 
 def stripped(run):
