@@ -9,7 +9,6 @@ import math
 import os
 import tarfile
 import urllib.request
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -91,9 +90,11 @@ def load_npz(path):
                 if key not in file:
                     raise InputError(f"{path} has no {key!r}: it needs train_images, train_labels, test_images, test_labels")
                 arrays[key] = file[key]
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged file makes numpy raise many kinds
         raise InputError(f"{path} is not an .npz of plain arrays (no pickled objects): {error}".splitlines()[0]) from None
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -101,12 +102,15 @@ def load_npz(path):
             raise InputError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] and not empty, "
                              f"they are {images.dtype} {list(images.shape)}")
         labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-            raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers from 0, one an image, "
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers, one an image, "
                              f"they are {labels.dtype} {list(labels.shape)}")
         images = images[..., None] if images.ndim == 3 else images  # [N, H, W, C]
         arrays[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        arrays[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
+        arrays[f"{split}_labels"] = labels
+    names, labels = np.unique(np.concatenate([arrays["train_labels"], arrays["test_labels"]]), return_inverse=True)
+    n = len(arrays["train_labels"])  # classes are numbered 0, 1, ... in the order of their labels
+    arrays |= {"train_labels": torch.from_numpy(labels[:n]), "test_labels": torch.from_numpy(labels[n:])}
     dataset = Dataset(**arrays)
     if dataset.test_images.shape[1:] != dataset.shape:
         raise InputError(f"{path}: train and test images differ in shape, "
@@ -129,9 +133,9 @@ def download(archive, cache):
     """Fetch an archive once, resuming where an earlier attempt stopped; returns the path of the verified file."""
     path = cache / archive.url.rsplit("/", 1)[1]
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             fetch(archive, part)
         except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
             raise InputError(f"could not download {archive.url} ({error}): run the same command again to resume, "
@@ -284,12 +288,12 @@ def colour(x, recipe, uniform):
     bright, contrast, saturate, turn = (factor(recipe.brightness), factor(recipe.contrast), factor(recipe.saturation),
                                         2 * math.pi * apply * uniform(-1, 1) * recipe.hue)
     saturate = saturate * (uniform(0, 1) >= recipe.grey)
-    luma = torch.tensor([0.299, 0.587, 0.114] if C == 3 else [1 / C] * C, device=x.device)
     eye = torch.eye(C, device=x.device)
+    luma = torch.stack([torch.full((), w, device=x.device) for w in ((0.299, 0.587, 0.114) if C == 3 else [1 / C] * C)])
     matrix = eye.expand(B, C, C)
     if C == 3:
-        k = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device) / math.sqrt(3)
         cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
+        k = (eye.roll(1, 0) - eye.roll(-1, 0)) / math.sqrt(3)
         hue = cos * eye + sin * k + (1 - cos) / 3  # rotation about the grey axis (Rodrigues)
         saturate = saturate[:, None, None]
         matrix = (saturate * eye + (1 - saturate) * luma.expand(3, 3)) @ hue
@@ -301,7 +305,7 @@ def colour(x, recipe, uniform):
 
 def blur(x, recipe, uniform):
     """Gaussian blur with a radius of a tenth of the image, separable. x: [B, C, H, W]."""
-    radius = max(1, x.shape[-1] // 20)
+    radius = min(max(1, x.shape[-1] // 20), min(x.shape[-2:]) - 1)
     sigma = torch.where(uniform(0, 1) < recipe.blur, uniform(0.1, 2.0), 1e-3)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)  # [B, 2 * radius + 1], rows sum to 1

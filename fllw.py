@@ -110,8 +110,10 @@ def pick_device(config):
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(config.device).type not in ("cpu", "cuda"):
+            raise ValueError
         return torch.empty(0, device=config.device).device
-    except (RuntimeError, AssertionError):
+    except (ValueError, RuntimeError, AssertionError):
         raise InputError(f"there is no device {config.device!r} here: use cpu"
                          + ", cuda" * torch.cuda.is_available() + " or auto") from None
 
@@ -430,10 +432,12 @@ def news(state, stage, message, client):
     return new
 
 
-def sound(upload, server):
-    """Whether an upload has the shapes of the server's tensors and only finite numbers."""
-    return all(name in server and tensor.shape == server[name].shape and (tensor.is_meta or tensor.isfinite().all())
-               for name, tensor in upload.items())
+def sound(upload, expected):
+    """Whether an upload has exactly the tensors that the server expects, and only finite numbers in them."""
+    form = lambda state: {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    if form(upload) != form(expected):
+        return False
+    return any(t.is_meta for t in upload.values()) or bool(torch.stack([t.isfinite().all() for t in upload.values()]).all())
 
 
 class Diverged(Exception):
@@ -458,7 +462,7 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
         if failed or i % share[1] != share[0]:
             continue
         upload, losses, peak, images = work(stage, message, round, client, progress)
-        report[i] = nbytes(upload), sound(upload, state.server), losses.mean().item(), peak
+        report[i] = nbytes(upload), sound(upload, trained), losses.mean().item(), peak
         if report[i, 1]:
             average.add(upload, images)
     if share[1] > 1:
@@ -528,27 +532,27 @@ def encoder_of(config, server, shape):
 
 def macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count: two views, forward 1x and
-    backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products."""
+    backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products. Micro-batches
+    run what trains, but for the head, forward a second time."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T = patches + 1
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; query-key and attention-value products
     embed = patches * config.patch_size**2 * channels * D
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
-    active = stage.present - stage.first
-    return 2 * ((1 if stage.first else 3) * embed + (len(kept) - active) * block + 3 * active * block + 3 * head)
+    active, times = stage.present - stage.first, 4 if config.micro_batch else 3
+    return 2 * ((1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + 3 * head)
 
 
 def step_memory(config, stage, kept, image_shape):
     """Peak bytes of a client at this stage, measured by local_train on two blank batches.
 
-    On a GPU the steps are real; on the CPU they run on torch's fake tensors, which have shapes and lifetimes but no
-    data: the same bytes as a real step, in no time and no memory."""
-    device = pick_device(config)
-    state = initial(config, image_shape, stage.present, "meta")
-    with contextlib.nullcontext() if device.type == "cuda" else FakeTensorMode():
-        message = {name: torch.zeros(t.shape, device=device) for name, t in broadcast(state, stage, kept).items()}
-        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8, device=device)
+    They run on torch's fake tensors, which have shapes and lifetimes but no data: the same bytes as a real step on
+    the CPU, in no time and no memory. What a GPU's allocator says of real steps is in the history."""
+    state = broadcast(initial(config, image_shape, stage.present, "meta"), stage, kept)
+    with FakeTensorMode():
+        message = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
+        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
         return local_train(config, stage, message, images, 0, 0)[2]
 
 
@@ -558,8 +562,9 @@ def cost(config, method, image_shape):
     Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width).
     Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
     macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
-    config = replace(config, method=method)
-    check(config)
+    check(replace(config, method=method))
+    clients = min(config.clients_per_round or config.clients, 10)  # with depth dropout, the mean over as many draws
+    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0)
     plan = stages(config)
     work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, torch.zeros(1), 0, 1)
     rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work))
@@ -596,33 +601,53 @@ def label(config):
     return {"e2e": "end-to-end", "progressive": "progressive"}[config.method]
 
 
-def prepare(config, comparing, resume):
-    """Load the data and make sure that everything fits before anything is written; returns (dataset, run folder)."""
-    check(config)
-    out = run_folder(config, comparing)
-    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+def prepare(config, variants, out, resume):
+    """Make sure that everything fits, load the data and open the run folder; nothing is written if anything is wrong.
+
+    variants: run folder -> Config of every training to come. Returns (dataset, run folder -> State to go on from)."""
+    for one in variants.values():
+        check(one)
+    if config.data in data.ARCHIVES:
+        initial(config, (3, 32, 32), 1, "meta")  # before downloading, see that the patch size fits
+    if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
         raise InputError(f"{out} exists and is not a run folder: choose another --out")
-    if not resume and not (out / "summary.json").exists() and any(out.glob("**/checkpoint.pt")):
+    checkpoints = [folder / "checkpoint.pt" for folder in variants]
+    if not resume and not (out / "summary.json").exists() and any(c.exists() for c in checkpoints):
         raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
+    later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    if later:
+        dist.barrier()  # the first process of a machine downloads
     dataset = data.load(config.data, config.cache)
-    needed = 4 * nbytes(initial(config, dataset.shape, config.depth, "meta"))  # also finds a patch that does not fit
+    if dist.is_initialized() and not later:
+        dist.barrier()
+    needed = 4 * nbytes(initial(config, dataset.shape, config.depth, "meta"))  # also sees that the patch size fits
     data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    states = {folder: load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
+              for folder, one in variants.items() if resume and (folder / "checkpoint.pt").exists()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out).free < needed:
             raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
+        write(out / "probe.json", {})  # a folder that cannot be written is found before training
+        (out / "probe.json").unlink(missing_ok=True)
         if not resume and rank() == 0:
-            for stale in [*out.glob("**/checkpoint.pt"), *out.glob("summary.json")]:
-                stale.unlink()
-        if comparing:
+            for folder in (out, *variants):
+                for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
+                    (folder / name).unlink(missing_ok=True)
+        if out not in variants:
             write(out / "config.json", {**asdict(config), "compare": True})
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
-    return dataset, out
+    return dataset, states
 
 
-def run_folder(config, comparing):
-    return Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else config.method}-seed{config.seed}")
+def is_run(folder):
+    """Whether a folder is one that this program made."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return {"compare", *(f.name for f in fields(Config))} <= saved.keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def write(path, content):
@@ -635,7 +660,7 @@ def write(path, content):
         os.replace(temporary, path)
 
 
-def load_checkpoint(path, config):
+def load_checkpoint(path, config, shape):
     """The State saved in a checkpoint of this very configuration; device and folders may differ."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -645,6 +670,8 @@ def load_checkpoint(path, config):
         raise InputError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}): "
                          "restore it, or train anew with another --out") from None
     refuse_changes(path, settings, asdict(config))
+    if tuple(state.shape) != shape:
+        raise InputError(f"{path} was trained on images of shape {tuple(state.shape)}, --data has {shape}: train anew with another --out")
     return state
 
 
@@ -675,17 +702,14 @@ def strip(row):
 def mishaps(row):
     """What went wrong in a round, in words."""
     said = [f"client {c} lost" for c in row["lost"]] + [f"client {c} rejected: NaN, infinity or a wrong shape" for c in row["rejected"]]
-    said += ["nobody answered, the model stays as it was"] * (row["loss"] is None)
+    said += ["no sound answer: the model stays as it was"] * (row["loss"] is None)
     return "  (" + "; ".join(said) + ")" if said else ""
 
 
-def train(config, dataset, out, resume):
-    """Train one method, one line a round, and leave a run folder; resume goes on from its checkpoint, if there is one.
-
-    Returns (encoder, history)."""
+def train(config, dataset, out, state=None):
+    """Train one method, from `state` on if given, one line a round, and leave a run folder. Returns (encoder, history)."""
     out.mkdir(exist_ok=True)
     write(out / "config.json", {**asdict(config), "compare": False, "image_shape": dataset.shape})
-    state = load_checkpoint(out / "checkpoint.pt", config) if resume and (out / "checkpoint.pt").exists() else None
     plan, began, already = stages(config), time.perf_counter(), len(state.history) if state else 0
     work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
     print(f"\n{label(config)}: {config.rounds} rounds in {len(plan)} stages; blocks are A active, + frozen, . dropped; "
@@ -732,7 +756,8 @@ def table(rows):
     width = 2 + max(map(len, rows))
     lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
     for name, row in rows.items():
-        cells = [f"{row[c] / COLUMNS[c][1]:{COLUMNS[c][2]}}" if c in row else "-" for c in columns]
+        cells = [row[c] if isinstance(row.get(c), str) else f"{row[c] / COLUMNS[c][1]:{COLUMNS[c][2]}}" if c in row else "-"
+                 for c in columns]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 
@@ -743,13 +768,14 @@ NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs;
 
 def run(config, comparing, resume):
     """Train one method, or compare all on the same data, seed and rounds; one table of accuracy and cost."""
-    dataset, out = prepare(config, comparing, resume)
-    stop_on_interrupt(out)
-    variants = {out: config}
+    out = Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else config.method}-seed{config.seed}")
+    variants = {out: config}  # run folder -> settings
     if comparing:
         variants = {out / (method + "-fdd" * (p > 0)): replace(config, method=method, depth_dropout=p) for method, p in
                     (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5))}
-    trained = {folder: train(one, dataset, folder, resume) for folder, one in variants.items()}
+    dataset, states = prepare(config, variants, out, resume)
+    stop_on_interrupt(out)
+    trained = {folder: train(one, dataset, folder, states.get(folder)) for folder, one in variants.items()}
     if rank():
         return
     rows = baselines(config, dataset)
@@ -757,13 +783,15 @@ def run(config, comparing, resume):
         encoder, history = trained[folder]
         rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
                             **cost(one, one.method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
-    text = table(rows)
     if not comparing and config.method != "e2e":
-        whole, mine = rows.setdefault("end-to-end", cost(config, "e2e", dataset.shape)), rows[label(config)]
-        width = text.index("k-NN") + 4 - 13
-        text = table(rows) + f"\n{'ratio':<{width}}" + "".join(f"{f'{whole[c] / mine[c]:.1f}x' if c in whole else '':>13}"
-                                                                 for c in COLUMNS if c in mine)
-    print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n{text}\n{NOTE}")
+        rows["end-to-end"] = cost(config, "e2e", dataset.shape)
+        ratio = {c: rows["end-to-end"][c] / value for c, value in rows[label(config)].items() if c in rows["end-to-end"] and value}
+        rows["ratio"] = {c: f"{value:.1f}x" for c, value in ratio.items()}
+    if not config.micro_batch:
+        for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
+            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape)
+    print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n{table(rows)}\n{NOTE}")
+    rows.pop("ratio", None)
     write(out / "summary.json", rows)
     print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
 
@@ -785,10 +813,11 @@ def benchmark(config, turns=3, steps=3):
             cases.append((one, stage, kept, broadcast(initial(one, shape, stage.present), stage, kept)))
 
     def clock(function, *arguments):
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        wait()
         began = time.perf_counter()
         function(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - began
 
     def bare(one, stage, message):
@@ -867,17 +896,16 @@ def parse(arguments=None):
     comparing, resume = given.pop("compare", False), given.pop("resume", None)
     if given.pop("benchmark", False):
         return benchmark, (Config(**given),)
-    if resume:
-        try:
-            saved = json.loads((Path(resume) / "config.json").read_text())
-            comparing = saved.pop("compare")
-            saved.pop("image_shape", None)
-            Config(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{resume} is not a run folder: --resume takes the folder of an earlier run") from None
+    if resume is not None:
+        if not is_run(Path(resume)):
+            raise InputError(f"{resume!r} is not a run folder: --resume takes the folder of an earlier run")
+        if comparing or "out" in given:
+            raise InputError("--resume goes on with a run as it is, in its own folder: leave out --compare and --out")
+        saved = json.loads((Path(resume) / "config.json").read_text())
+        comparing, _ = saved.pop("compare"), saved.pop("image_shape", None)
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
-    return run, (Config(**given), comparing, bool(resume))
+    return run, (Config(**given), comparing, resume is not None)
 
 
 def join_processes(config):
@@ -885,10 +913,12 @@ def join_processes(config):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         cuda = pick_device(config).type == "cuda"
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                raise InputError(f"there are {torch.cuda.device_count()} GPUs: --nproc-per-node must be at most that, or use --device cpu")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
         if rank():
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")
 
 
 def main(arguments=None):
@@ -900,7 +930,7 @@ def main(arguments=None):
         print(f"fllw.py: {error}", file=sys.stderr)
         sys.exit(2)
     except Diverged as error:
-        print(f"fllw.py: {error}; the rounds before are saved: --resume goes on from them", file=sys.stderr)
+        print(f"fllw.py: {error}; the rounds before are saved: try anew with another --out and a smaller --lr", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"fllw.py: {error}; the last checkpoint is whole: --resume goes on from it", file=sys.stderr)
