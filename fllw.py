@@ -3,8 +3,8 @@
 Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Layer-wise Training and Depth Dropout"
 (arXiv 2309.05213); resource accounting after Tun et al. 2024, "LW-FedSSL" (arXiv 2401.11647).
 
-Read it from top to bottom: configuration, model, stages and depth dropout, one client, the server, cost,
-evaluation, command line.
+Read it from top to bottom: configuration, model, stages and depth dropout, one client, the server, cost, evaluation.
+The method ends there; what follows is the command line: run folders, tables, benchmark, flags.
 
     python fllw.py             # train on the embedded digits, about two minutes on two CPU cores
     python fllw.py --compare   # every method side by side

@@ -956,3 +956,26 @@ def test_two_processes_give_the_history_of_one(extra, npz, tmp_path):
     if len(one) == 1:  # later, Adam makes full steps of gradients that are rounding errors, where the loss is flat
         one, two = (torch.load(tmp_path / r / "encoder.pt", weights_only=True) for r in ("one", "two"))
         assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+# --------------------------------------------------------------------------------------------- the notebook
+
+def test_the_notebook_is_committed_executed_and_clean():
+    text = (HERE / "demo.ipynb").read_text()
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in cells for o in c["outputs"]]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))  # run once, from top to bottom
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 10 and len(text) < 2e6
+    assert not any("javascript" in kind or "widget" in kind for o in outputs for kind in o.get("data", {}))
+    source = "\n".join("".join(c["source"]) for c in cells)
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if re.match(r" *(import|from) ", line)}
+    assert imported <= {"inspect", "time", "dataclasses", "matplotlib", "numpy", "torch", "IPython", "data", "fllw", "ssl_loss"}
+    assert "/work/" not in text and "/tmp/" not in text and "/home/" not in text
+
+
+@pytest.mark.parametrize("module", ["fllw", "ssl_loss", "data"])
+def test_modules_import_numpy_torch_and_the_standard_library(module):
+    source = (HERE / f"{module}.py").read_text()
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if re.match(r" *(import|from) \w", line) and '"""' not in line}
+    assert imported <= {"numpy", "torch", "data", "ssl_loss"} | set(sys.stdlib_module_names), imported
