@@ -796,7 +796,7 @@ def run(config, comparing, resume):
     print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
 
 
-def benchmark(config, turns=3, steps=3):
+def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
     """Seconds of a local step at the first, middle and last stage of every method (medians of turns, taken in turn),
     next to a bare loop over the same model with no federation around it and to the share that macs() predicts."""
     check(config)
@@ -860,7 +860,7 @@ def benchmark(config, turns=3, steps=3):
                 "", "mean", np.mean([r[0] for r in rows]), "", "", *np.mean(rows, 0)[3:]))
     print(f"\nPeak memory of a local step, MiB (at the last stage), plain and with micro-batches of 16 images\n"
           f"{'':<18}{'batch':>6}{'plain':>9}{'ratio':>8}{'micro':>9}{'ratio':>8}")
-    for batch in (64, 256, 512):
+    for batch in batches:
         for one, stage, kept, _ in [c for i, c in enumerate(cases) if i + 1 == len(cases) or cases[i + 1][0] is not c[0]]:
             plain, micro = (step_memory(replace(one, batch_size=batch, micro_batch=m), stage, kept, shape) / 2**20 for m in (0, 16))
             top = plain if one.method == "e2e" else top

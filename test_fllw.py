@@ -880,13 +880,13 @@ def test_a_comparison_resumes_where_it_stopped(npz, tmp_path):
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())) >= 6
 
 
-def test_the_benchmark_prints_its_tables(npz):
-    done = run_cli("--benchmark", "--data", npz, *TINY, "--depth", 2)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    speed, memory = done.stdout.split("Peak memory")
+def test_the_benchmark_prints_its_tables(npz, capsys):
+    fllw.benchmark(replace(SMALL, data=str(npz), depth=2), turns=1, steps=1, batches=(8, 16))
+    speed, memory = capsys.readouterr().out.split("Peak memory")
     assert [line.split()[0] for line in speed.splitlines()[2:] if line.strip()] == \
         "end-to-end progressive progressive mean FLL FLL mean FLL FLL mean".split()
-    assert [int(line[18:24]) for line in memory.splitlines()[2:]] == [64] * 4 + [256] * 4 + [512] * 4
+    assert [int(line[18:24]) for line in memory.splitlines()[2:]] == [8] * 4 + [16] * 4
+    assert fllw.parse(["--benchmark", "--depth", "2"]) == (fllw.benchmark, (replace(Config(), depth=2),))
 
 
 def test_help_explains_every_setting():
@@ -908,7 +908,7 @@ def stripped(run):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(npz, tmp_path):
-    arguments = ["--data", npz, *TINY, "--rounds", "12", "--local-epochs", "6", "--client-failure", "0.3"]
+    arguments = ["--data", npz, *TINY, "--rounds", "12", "--local-epochs", "3", "--client-failure", "0.3"]
     assert run_cli(*arguments, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, str(HERE / "fllw.py"), *map(str, arguments), "--out", str(tmp_path / "killed")]
     dice, kills = random.Random(0), 0
