@@ -523,9 +523,10 @@ def encoder_of(config, server, shape):
     """The encoder in a server's state, with all its blocks: evaluation and deployment always use full depth."""
     state = {name.removeprefix("encoder."): t for name, t in server.items() if name.startswith("encoder.")}
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    encoder = ViT(shape[1:], config.patch_size, shape[0], config.dim, depth, config.heads, config.pool)
-    encoder.load_state_dict(state)
-    return encoder.to(next(iter(state.values())).device).eval()
+    with torch.device("meta"):
+        encoder = ViT(shape[1:], config.patch_size, shape[0], config.dim, depth, config.heads, config.pool)
+    encoder.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return encoder.eval()
 
 
 # ----------------------------------------------------------------------------------------------------- cost
