@@ -612,7 +612,7 @@ def prepare(config, variants, out, resume):
         initial(config, (3, 32, 32), 1, "meta")  # before downloading, see that the patch size fits
     if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
         raise InputError(f"{out} exists and is not a run folder: choose another --out")
-    checkpoints = [folder / "checkpoint.pt" for folder in variants]
+    checkpoints = [folder / "checkpoint.pt" for folder in (out, *variants)]
     if not resume and not (out / "summary.json").exists() and any(c.exists() for c in checkpoints):
         raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
     later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
@@ -934,7 +934,7 @@ def main(arguments=None):
         print(f"fllw.py: {error}; the rounds before are saved: try anew with another --out and a smaller --lr", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"fllw.py: {error}; the last checkpoint is whole: --resume goes on from it", file=sys.stderr)
+        print(f"fllw.py: {error}; a checkpoint written before is whole: --resume goes on from it", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)

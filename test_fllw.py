@@ -818,6 +818,7 @@ def test_wrong_checkpoints_are_refused(npz, capsys, tmp_path):
     assert "--compare" in refused(capsys, tmp_path, "--resume", run, "--compare", out=None)
     (run / "summary.json").unlink()
     assert "unfinished" in refused(capsys, tmp_path, "--data", npz, *TINY)
+    assert "unfinished" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
     good = (run / "checkpoint.pt").read_bytes()
     foreign = io.BytesIO()
     torch.save({"weights": torch.zeros(3)}, foreign)
