@@ -66,17 +66,25 @@ ARCHIVES = {
 }
 
 
-def load(name, cache="~/.cache/fllw"):
+def load(name, cache="~/.cache/fllw", images=0):
     """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once into `cache`), or a FILE.npz.
 
-    Raises InputError when there is no such data set or its content is not what it should be."""
+    images: keep only so many training images, drawn once and for all at random; 0 means all. Raises InputError when
+    there is no such data set or its content is not what it should be."""
     if name == "mnist5k":
-        return load_npz(MNIST5K)
-    if name in ARCHIVES:
-        return load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
-    if str(name).endswith(".npz"):
-        return load_npz(name)
-    raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the path of an .npz file")
+        dataset = load_npz(MNIST5K)
+    elif name in ARCHIVES:
+        dataset = load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
+    elif str(name).endswith(".npz"):
+        dataset = load_npz(name)
+    else:
+        raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the path of an .npz file")
+    if images > len(dataset.train_images):
+        raise InputError(f"{name} has {len(dataset.train_images):,} training images: --images must be at most that, it is {images:,}")
+    if images:
+        kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_images))[:images])
+        dataset = dataset._replace(train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+    return dataset
 
 
 def load_npz(path):
@@ -233,9 +241,10 @@ RECIPES = {
 }
 
 
-def recipe_for(data):
-    """The recipe a data set uses unless told otherwise: digits for the embedded digits, natural for the rest."""
-    return "digits" if data == "mnist5k" else "natural"
+LIGHT = {  # for supervised training, where a view must keep its class
+    "digits": Recipe(area=(0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
+    "natural": Recipe(area=(1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5),
+}
 
 
 def normalise(images):
@@ -246,8 +255,15 @@ def normalise(images):
 def two_views(images, recipe, generator):
     """Two random views of every image: uint8 [B, C, H, W] -> float32 [2B, C, H, W] in -1..1.
 
-    Row i and row B + i come from image i. All randomness comes from `generator`, on the images' device."""
-    x = images.repeat(2, 1, 1, 1).float() / 255
+    Row i and row B + i come from image i."""
+    return view(images.repeat(2, 1, 1, 1), recipe, generator)
+
+
+def view(images, recipe, generator):
+    """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1.
+
+    All randomness comes from `generator`, on the images' device."""
+    x = images.float() / 255
     uniform = lambda low, high, *more: low + (high - low) * torch.rand(len(x), *more, device=x.device, generator=generator)
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 from data import InputError
-from ssl_loss import MemoryMeter, ProjectionHead, contrastive_step, knn, linear_probe, nt_xent, storage_id
+from ssl_loss import MemoryMeter, ProjectionHead, contrastive_step, finetune, knn, linear_probe, nt_xent, storage_id
 
 # -------------------------------------------------------------------------------------------- configuration
 
@@ -46,6 +46,7 @@ def knob(default, help, **more):
 class Config:
     """Every setting of a run; the command line is generated from these fields."""
     data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz of your own images")
+    images: int = knob(0, "use only so many of the training images, the same for every seed; 0 means all", low=0)
     method: str = knob("fll", "which blocks exist and train at a stage", choices=("fll", "e2e", "progressive"))
     dim: int = knob(64, "width of the vision transformer", low=1)
     depth: int = knob(4, "number of blocks L", low=1)
@@ -65,11 +66,17 @@ class Config:
     batch_size: int = knob(64, "images in a local step (each gives two views)", low=2)
     micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch", low=0)
     client_failure: float = knob(0.0, "probability that a sampled client drops out of a round before uploading")
+    patience: int = knob(0, "rounds without a lower loss after which a stage ends early and leaves its rounds to later ones; 0 means never", low=0)
+    align: float = knob(0.0, "weight of the term that aligns a client's projections with the received model's", low=0)
+    calibrate: int = knob(0, "epochs of end-to-end training by the server after every round, on images that no client has", low=0)
+    server_share: float = knob(0.1, "share of the training images that the server keeps for itself if it calibrates, in [0, 1)")
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
     augment: str = knob("auto", "recipe of the two views; auto is digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural"))
+    finetune: int = knob(0, "epochs of fine-tuning in the evaluation; 0 leaves it out", low=0)
+    labels_per_class: int = knob(0, "labelled images a class for fine-tuning; 0 means all", low=0)
     amp: bool = knob(False, "bf16 autocast for the model; the loss stays in float32")
     seed: int = knob(0, "everything random derives from it", low=0)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -79,7 +86,7 @@ class Config:
 
 PRESETS = {"paper": dict(  # the setting of Tun et al. 2024
     data="cifar10", dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
-    clients=10, rounds=180, local_epochs=3, batch_size=512)}
+    clients=10, rounds=180, local_epochs=3, batch_size=512, finetune=40)}
 
 
 def check(config):
@@ -91,9 +98,9 @@ def check(config):
             raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
         if low is not None and not (low <= value < math.inf):
             raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
-    for flag, p in ("--depth-dropout", config.depth_dropout), ("--client-failure", config.client_failure):
-        if not 0 <= p < 1:
-            raise InputError(f"{flag} is a probability in [0, 1), it is {p:g}")
+    for name in ("depth_dropout", "client_failure", "server_share"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1), it is {getattr(config, name):g}")
     if config.dim % config.heads:
         raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
     if config.depth % config.blocks_per_stage:
@@ -128,7 +135,8 @@ def rng(config, *key):
     return np.random.default_rng([config.seed, *key])
 
 
-INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # purposes of a draw
+INIT, SAMPLING, DROPOUT, TRAINING, FAILURE, SERVER_IMAGES, FINETUNING = range(1, 8)  # purposes of a draw
+SERVER = 2**32 - 1  # the server's number among the clients, where it trains
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -261,8 +269,11 @@ class Stage:
         return name.startswith(("head.", "encoder.norm.")) or self.first == 0
 
 
-def stages(config):
-    """The stages of a run: the one place where the methods differ."""
+def stages(config, history=()):
+    """The stages of a run: the one place where the methods differ.
+
+    history: the rows of the rounds done. With patience, a stage whose loss has not fallen below its best for so many
+    rounds is over, and the later ones share the rounds it leaves."""
     L, k = config.depth, config.blocks_per_stage
     if config.method == "e2e":
         blocks = [(0, L)]
@@ -270,8 +281,16 @@ def stages(config):
         blocks = [(0, s * k) for s in range(1, L // k + 1)]
     else:
         blocks = [((s - 1) * k, s * k) for s in range(1, L // k + 1)]
-    rounds = [len(part) for part in np.array_split(np.arange(config.rounds), len(blocks))]
-    return [Stage(i + 1, *blocks[i], rounds[i]) for i in range(len(blocks))]
+    plan, left = [], config.rounds
+    for number, (first, present) in enumerate(blocks, 1):
+        rounds = math.ceil(left / (len(blocks) - number + 1))
+        losses = [math.inf if row["loss"] is None else row["loss"] for row in history if row["stage"] == number]
+        stalled = config.patience and losses and len(losses) - 1 - np.argmin(losses) >= config.patience
+        if stalled and number < len(blocks):
+            rounds = min(rounds, len(losses))
+        plan.append(Stage(number, first, present, rounds))
+        left -= rounds
+    return plan
 
 
 def sample_clients(config, round):
@@ -326,6 +345,11 @@ def receive(config, message, shape, stage):
     return learner
 
 
+def recipe(config):
+    """The name of the views' recipe: digits for the embedded digits, natural for the rest, unless told otherwise."""
+    return ("digits" if config.data == "mnist5k" else "natural") if config.augment == "auto" else config.augment
+
+
 def learning_rate(config, progress):
     """One cosine from lr to 0 over a stage; progress runs from 0 to 1 within the stage."""
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
@@ -337,7 +361,7 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
     message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: the share of the
     stage's rounds that is done. Returns (upload, losses, peak_memory_bytes): the trained tensors, the loss of every
     local step [steps], and the memory that the first two of them took."""
-    recipe = data.RECIPES[data.recipe_for(config.data) if config.augment == "auto" else config.augment]
+    views = data.RECIPES[recipe(config)]
     draws = torch.Generator(images.device).manual_seed(int(rng(config, TRAINING, round, client).integers(2**63)))
     batch = min(config.batch_size, len(images))
     steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
@@ -346,8 +370,13 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         learner = receive(config, message, images.shape[1:], stage)
         trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay, fused=True)
+        if config.align:
+            received = receive(config, message, images.shape[1:], stage)
+            received.load_state_dict({name: p for name, p in learner.named_parameters() if name not in trained}, strict=False, assign=True)
     frozen, active, head = split(config, learner, stage)
-    criterion = lambda z: nt_xent(*z.chunk(2), config.temperature)
+    criterion, fixed = lambda z: nt_xent(*z.chunk(2), config.temperature), None
+    if config.align:
+        criterion, fixed = lambda z, g: aligned(config, z, g), split(config, received, stage)[1:]
     for step in range(config.local_epochs * steps):
         if step % steps == 0:
             order = torch.randperm(len(images), device=images.device, generator=draws).split(batch)
@@ -355,10 +384,18 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
         with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
             optimizer.zero_grad()
-            losses.append(contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], recipe, draws),
-                                           criterion, config.micro_batch))
+            losses.append(contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], views, draws),
+                                           criterion, config.micro_batch, fixed))
             optimizer.step()
     return {name: p.detach() for name, p in trained.items()}, torch.stack(losses), meter.peak
+
+
+def aligned(config, z, g):
+    """NT-Xent with representation alignment (Tun et al. 2024): z, g [2B, D] are the projections of the same two views by
+    the client's model and by the one it received; each view also has to find its image's other view as received."""
+    (z1, z2), (g1, g2) = z.chunk(2), g.chunk(2)
+    contrast = lambda a, b: nt_xent(a, b, config.temperature)
+    return contrast(z1, z2) + config.align * (contrast(z1, g2) + contrast(z2, g1)) / 2
 
 
 def split(config, learner, stage):
@@ -453,11 +490,12 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     clients = sample_clients(config, round)
     kept = [draw_blocks(config, stage, round, client) for client in clients]
     trained = {name: tensor for name, tensor in state.server.items() if stage.trains(name)}
+    whole = replace(stage, first=0)  # calibration trains every block: nothing that a client holds is final
     bytes_down = []  # [kept what it received, stateless] a client
     report = np.zeros((len(clients), 4))  # [bytes up, sound, loss, peak memory] a client
     for i, client in enumerate(clients):
         message = broadcast(state.server, stage, kept[i])
-        bytes_down.append((nbytes(news(state, stage, message, client)), nbytes(message)))
+        bytes_down.append((nbytes(news(state, whole if config.calibrate else stage, message, client)), nbytes(message)))
         failed = rng(config, FAILURE, round, client).random() < config.client_failure
         if failed or i % share[1] != share[0]:
             continue
@@ -471,6 +509,8 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     if answered.any() and not np.isfinite(report[answered, 2]).any():
         raise Diverged(f"the loss became NaN or infinite on every client in round {round}")
     state.server = {**state.server, **average.mean}
+    if config.calibrate:
+        calibrate(state, whole, work, progress, share)
     state.history.append({
         "round": round, "stage": stage.number, "method": config.method,
         "loss": float(report[accepted, 2].mean()) if accepted.any() else None,
@@ -483,16 +523,43 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     return state.history[-1]
 
 
+def calibrate(state, whole, work, progress, share):
+    """Server-side calibration (Tun et al. 2024): the server trains all present blocks on its own images.
+
+    Its work is a client's, only that everything trains; under torchrun the first process does it for all."""
+    result = WeightedMean()
+    if share[0] == 0:
+        upload, *_ = work(whole, state.server, len(state.history) + 1, SERVER, progress)
+        if sound(upload, state.server):
+            result.add(upload, 1)
+    if share[1] > 1:
+        result.combine(state.server, np.zeros(0))
+    state.server = {**state.server, **result.mean}
+
+
 def run_rounds(config, state, work, share=(0, 1)):
     """All rounds that `state` has not seen yet, one after the other; yields each row."""
-    done = 0
-    for stage in stages(config):
-        for i in range(stage.rounds):
-            done += 1
-            if done > len(state.history):
-                if i == 0:
-                    state.server = grow(config, state.server, state.shape, stage)
-                yield run_round(config, state, stage, work, i / stage.rounds, share)
+    while len(state.history) < config.rounds:
+        done = len(state.history)
+        for stage in stages(config, state.history):
+            if done < stage.rounds:
+                break
+            done -= stage.rounds
+        if done == 0:
+            state.server = grow(config, state.server, state.shape, stage)
+        yield run_round(config, state, stage, work, done / stage.rounds, share)
+
+
+def holdings(config, labels):
+    """Who holds which images: client -> indices, and SERVER -> those that the server keeps if it calibrates."""
+    kept = round(config.server_share * len(labels)) if config.calibrate else 0
+    order = torch.from_numpy(rng(config, SERVER_IMAGES).permutation(len(labels)))
+    own, rest = order[:kept], order[kept:].sort().values
+    parts = data.partition(labels[rest], config.clients, config.alpha, config.seed)
+    if config.calibrate and kept < 2:
+        raise InputError(f"a server that calibrates needs at least 2 images: --server-share {config.server_share:g} "
+                         f"of {len(labels)} is {kept}")
+    return {SERVER: own, **{client: rest[part] for client, part in enumerate(parts)}}
 
 
 def federate(config, on_round=None, dataset=None, state=None):
@@ -502,15 +569,16 @@ def federate(config, on_round=None, dataset=None, state=None):
     where it stopped."""
     check(config)
     device = pick_device(config)
-    dataset = dataset or data.load(config.data, config.cache)
+    dataset = dataset or data.load(config.data, config.cache, config.images)
     images = dataset.train_images.to(device)
-    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    parts = holdings(config, dataset.train_labels)
     state = state or State(dataset.shape, initial(config, dataset.shape, stages(config)[0].present))
     state.server = {name: tensor.to(device) for name, tensor in state.server.items()}
 
     def work(stage, message, round, client, progress):
         mine = images[parts[client].to(device)]
-        return *local_train(config, stage, message, mine, round, client, progress), len(mine)
+        one = replace(config, local_epochs=config.calibrate, align=0.0) if client == SERVER else config
+        return *local_train(one, stage, message, mine, round, client, progress), len(mine)
 
     share = (rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for row in run_rounds(config, state, work, share):
@@ -534,15 +602,16 @@ def encoder_of(config, server, shape):
 def macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count: two views, forward 1x and
     backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products. Micro-batches
-    run what trains, but for the head, forward a second time."""
+    run what trains, but for the head, forward a second time; alignment runs what was received forward."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T = patches + 1
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; query-key and attention-value products
     embed = patches * config.patch_size**2 * channels * D
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
-    active, times = stage.present - stage.first, 4 if config.micro_batch else 3
-    return 2 * ((1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + 3 * head)
+    align = config.align > 0
+    active, times = stage.present - stage.first, 3 + (config.micro_batch > 0) + align
+    return 2 * ((1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + (3 + align) * head)
 
 
 def step_memory(config, stage, kept, image_shape):
@@ -557,17 +626,20 @@ def step_memory(config, stage, kept, image_shape):
         return local_train(config, stage, message, images, 0, 0)[2]
 
 
-def cost(config, method, image_shape):
+def cost(config, method, image_shape, history=()):
     """What a client that takes part in every round pays over the whole training, without training.
 
-    Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width).
+    Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width);
+    history: the rows of a run with patience, whose losses tell when its stages ended.
     Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
     macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
     check(replace(config, method=method))
     clients = min(config.clients_per_round or config.clients, 10)  # with depth dropout, the mean over as many draws
-    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0)
-    plan = stages(config)
-    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, torch.zeros(1), 0, 1)
+    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0,
+                     patience=config.patience if history else 0)
+    plan, losses = stages(config), {row["round"]: torch.tensor(row["loss"] or math.inf) for row in history}
+    work = lambda stage, message, round, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)},
+                                              losses.get(round, torch.zeros(())), 0, 1)
     rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work))
     fullest = {row["stage"]: max(row["kept_blocks"], key=len) for row in rows}
     return {**{name: sum(row[name] for row in rows)
@@ -596,57 +668,96 @@ def evaluate(encode, dataset):
 
 def label(config):
     """A method's name in tables."""
-    if config.method == "fll":
-        return ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
+    if config.method != "fll":
+        name = "progressive" if config.method == "progressive" else "end-to-end" if config.clients > 1 else "centralized"
+    else:
+        name = ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
                 + f" + FDD {config.depth_dropout:g}" * (config.depth_dropout > 0))
-    return {"e2e": "end-to-end", "progressive": "progressive"}[config.method]
+    return (name + f" + calibration {config.calibrate}" * (config.calibrate > 0) + f" + alignment {config.align:g}" * (config.align > 0)
+            + f" + patience {config.patience}" * (config.patience > 0))
 
 
-def prepare(config, variants, out, resume):
-    """Make sure that everything fits, load the data and open the run folder; nothing is written if anything is wrong.
+ROWS = {  # of --compare: what each changes in FLL with the given settings; None needs no pre-training
+    "raw": None, "random": None, "scratch": None, "centralized": dict(method="e2e", clients=1, clients_per_round=0),
+    "e2e": dict(method="e2e"), "progressive": dict(method="progressive"), "fll": {}, "fdd": dict(depth_dropout=0.25),
+    "fdd-half": dict(depth_dropout=0.5), "2-blocks": dict(blocks_per_stage=2), "calibrate": dict(calibrate=1),
+    "align": dict(align=1.0), "patience": dict(patience=3),
+    # with so many rounds that a client pays as many bytes, or as much compute, as for the other method
+    "e2e-bytes": ("e2e", "fdd"), "e2e-compute": ("e2e", "fdd"), "fdd-bytes": ("fdd", "e2e"), "fdd-compute": ("fdd", "e2e")}
 
-    variants: run folder -> Config of every training to come. Returns (dataset, run folder -> State to go on from)."""
-    for one in variants.values():
-        check(one)
+
+def variants(config, shape):
+    """The rows of a comparison that can be run: key -> (name in the table, settings)."""
+    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
+    plan = {"raw": ("raw pixels", config), "random": ("random encoder", config), "scratch": ("scratch", config)}
+    for key, changes in ROWS.items():
+        if isinstance(changes, dict) and (key != "2-blocks" or config.depth % 2 == 0):
+            plan[key] = label(replace(fll, **changes)), replace(fll, **changes)
+        elif isinstance(changes, tuple):
+            (name, one), (other, reference) = (plan[k] for k in changes)
+            paid, budget = (cost(c, c.method, shape) for c in (one, reference))
+            total = lambda price: price["macs"] if "compute" in key else price["download_bytes"] + price["upload_bytes"]
+            rounds = max(len(stages(one)), round(one.rounds * total(budget) / total(paid)))
+            plan[key] = f"{name}, {rounds} rounds: {key.split('-')[1]} of {other}", replace(one, rounds=rounds)
+    return plan
+
+
+def load_dataset(config):
+    """The data set of a configuration that can be run; under torchrun one process of a machine downloads."""
+    check(config)
     if config.data in data.ARCHIVES:
         initial(config, (3, 32, 32), 1, "meta")  # before downloading, see that the patch size fits
-    if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
-        raise InputError(f"{out} exists and is not a run folder: choose another --out")
-    checkpoints = [folder / "checkpoint.pt" for folder in (out, *variants)]
-    if not resume and not (out / "summary.json").exists() and any(c.exists() for c in checkpoints):
-        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
     later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
     if later:
-        dist.barrier()  # the first process of a machine downloads
-    dataset = data.load(config.data, config.cache)
+        dist.barrier()
+    dataset = data.load(config.data, config.cache, config.images)
     if dist.is_initialized() and not later:
         dist.barrier()
-    needed = 4 * nbytes(initial(config, dataset.shape, config.depth, "meta"))  # also sees that the patch size fits
-    data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    states = {folder: load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
-              for folder, one in variants.items() if resume and (folder / "checkpoint.pt").exists()}
+    return dataset
+
+
+def prepare(config, dataset, jobs, out, comparing, seeds, resume):
+    """Open the run folder; nothing is written if anything is wrong.
+
+    jobs: folder -> settings of every training to come. Returns what is there already: (folder -> finished row,
+    folder -> State to go on from). A comparison always goes on with what is there, a single run if asked to."""
+    if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
+        raise InputError(f"{out} exists and is not a run folder: choose another --out")
+    if out.exists() and is_run(out) and bool(json.loads((out / "config.json").read_text())["compare"]) != bool(comparing):
+        raise InputError(f"{out} holds {'a single run' if comparing else 'a comparison'}: choose another --out")
+    if not (resume or comparing or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():
+        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
+    done, states = {}, {}
+    for folder, one in jobs.items():
+        check(one)
+        holdings(one, dataset.train_labels)
+        initial(one, dataset.shape, 1, "meta")  # sees that the patch size fits
+        if comparing and (folder / "summary.json").exists():
+            refuse_changes(folder, json.loads((folder / "config.json").read_text()), asdict(one))
+            done[folder], = json.loads((folder / "summary.json").read_text()).values()
+        elif (resume or comparing) and (folder / "checkpoint.pt").exists():
+            states[folder] = load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
+    needed = 4 * len(jobs) * nbytes(initial(config, dataset.shape, config.depth, "meta"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out).free < needed:
             raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
         write(out / "probe.json", {})  # a folder that cannot be written is found before training
         (out / "probe.json").unlink(missing_ok=True)
-        if not resume and rank() == 0:
-            for folder in (out, *variants):
-                for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
-                    (folder / name).unlink(missing_ok=True)
-        if out not in variants:
-            write(out / "config.json", {**asdict(config), "compare": True})
+        if not (resume or comparing) and rank() == 0:
+            for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
+                (out / name).unlink(missing_ok=True)
+        write(out / "config.json", {**asdict(config), "compare": comparing, "seeds": seeds, "image_shape": dataset.shape})
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
-    return dataset, states
+    return done, states
 
 
 def is_run(folder):
     """Whether a folder is one that this program made."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-        return {"compare", *(f.name for f in fields(Config))} <= saved.keys()
+        return {"compare", "seeds", *(f.name for f in fields(Config))} <= saved.keys()
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -687,8 +798,7 @@ def refuse_changes(path, saved, asked):
 def load_encoder(run):
     """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
     settings = json.loads((Path(run) / "config.json").read_text())
-    shape = settings.pop("image_shape")
-    del settings["compare"]
+    shape, _, _ = (settings.pop(name) for name in ("image_shape", "compare", "seeds"))
     state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
     return encoder_of(Config(**settings), {f"encoder.{name}": tensor for name, tensor in state.items()}, shape)
 
@@ -709,8 +819,6 @@ def mishaps(row):
 
 def train(config, dataset, out, state=None):
     """Train one method, from `state` on if given, one line a round, and leave a run folder. Returns (encoder, history)."""
-    out.mkdir(exist_ok=True)
-    write(out / "config.json", {**asdict(config), "compare": False, "image_shape": dataset.shape})
     plan, began, already = stages(config), time.perf_counter(), len(state.history) if state else 0
     work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
     print(f"\n{label(config)}: {config.rounds} rounds in {len(plan)} stages; blocks are A active, + frozen, . dropped; "
@@ -736,30 +844,56 @@ def train(config, dataset, out, state=None):
     return encoder, history
 
 
-def baselines(config, dataset):
-    """Rows that need no training: raw pixels and a randomly initialised encoder of full depth."""
+def baseline(key, config, dataset):
+    """Accuracies of a row that needs no pre-training: raw pixels, a random encoder, supervised training from scratch."""
     device = pick_device(config)
+    if key == "raw":
+        return evaluate(lambda images: images.to(device).flatten(1) / 255, dataset)
     random = encoder_of(config, initial(config, dataset.shape, config.depth), dataset.shape).to(device)
-    return {"raw pixels": evaluate(lambda images: images.to(device).flatten(1) / 255, dataset),
-            "random encoder": evaluate(lambda images: features(random, images), dataset)}
+    return evaluate(lambda images: features(random, images), dataset) if key == "random" else finetuned(config, random, dataset)
+
+
+def finetuned(config, encoder, dataset):
+    """The column of fine-tuning, if it is asked for."""
+    draws = torch.Generator(pick_device(config)).manual_seed(int(rng(config, FINETUNING).integers(2**63)))
+    return {"finetuned": finetune(encoder, dataset, data.LIGHT[recipe(config)], draws, config.finetune,
+                                  labels_per_class=config.labels_per_class, amp=config.amp)} if config.finetune else {}
+
+
+def result(config, dataset, encoder, history):
+    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
+    price = cost(config, config.method, dataset.shape, history)
+    if config.clients == 1:  # no federation, nothing is sent
+        price = {name: value for name, value in price.items() if "bytes" not in name or "memory" in name}
+    return {**evaluate(lambda images: features(encoder, images), dataset), **finetuned(config, encoder, dataset), **price,
+            "seconds": sum(row["seconds"] for row in history)}
 
 
 COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
-    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "peak_memory_bytes": ("peak MiB", 2**20, ".1f"),
-    "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
-    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"),
-    "seconds": ("seconds", 1, ".0f")}
+    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "finetuned": ("fine-tuned %", 1, ".1f"),
+    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
+    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"), "seconds": ("seconds", 1, ".0f")}
 
 
 def table(rows):
-    """Rows {name: {column: number}} as text, in the order of COLUMNS; a dash where a row has no such number."""
+    """Rows {name: {column: number, numbers over seeds, or text}} as text, in the order of COLUMNS.
+
+    Numbers over seeds become their mean, accuracies with the standard deviation; {} is a row that was not run."""
     columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+
+    def cell(column, value):
+        heading, unit, form = COLUMNS[column]
+        if isinstance(value, str):
+            return value
+        values = np.atleast_1d(value) / unit
+        spread = f" ±{np.std(values, ddof=1):{form}}" if len(values) > 1 and "%" in heading else ""
+        return f"{np.mean(values):{form}}" + spread
+
     width = 2 + max(map(len, rows))
     lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
     for name, row in rows.items():
-        cells = [row[c] if isinstance(row.get(c), str) else f"{row[c] / COLUMNS[c][1]:{COLUMNS[c][2]}}" if c in row else "-"
-                 for c in columns]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
+        cells = [cell(c, row[c]) if c in row else "-" for c in columns] if row else ["not run"]
+        lines.append(f"{name:<{width}}" + "".join(f"{text:>13}" for text in cells))
     return "\n".join(lines)
 
 
@@ -767,31 +901,48 @@ NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs;
         "received, stateless one that keeps nothing between rounds.")
 
 
-def run(config, comparing, resume):
-    """Train one method, or compare all on the same data, seed and rounds; one table of accuracy and cost."""
-    out = Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else config.method}-seed{config.seed}")
-    variants = {out: config}  # run folder -> settings
-    if comparing:
-        variants = {out / (method + "-fdd" * (p > 0)): replace(config, method=method, depth_dropout=p) for method, p in
-                    (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5))}
-    dataset, states = prepare(config, variants, out, resume)
+def run(config, comparing, seeds, resume):
+    """Train one method, or the rows of a comparison with several seeds; one table of accuracy and cost.
+
+    comparing: keys of ROWS, [] for a single run. A single run also shows what needs no pre-training."""
+    out = Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else f'{config.method}-seed{config.seed}'}")
+    dataset = load_dataset(config)
+    plan = variants(config, dataset.shape) if comparing else {}
+    comparing = [key for key in comparing if key in plan]
+    places = {(key, seed): out / f"{key}-seed{seed}" for seed in seeds for key in comparing if key != "raw" or seed == seeds[0]}
+    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in places.items()} or {out: config}
+    done, states = prepare(config, dataset, jobs, out, comparing, seeds, resume)
     stop_on_interrupt(out)
-    trained = {folder: train(one, dataset, folder, states.get(folder)) for folder, one in variants.items()}
+    for (key, _), folder in (places or {("", 0): out}).items():
+        one, name = jobs[folder], plan[key][0] if key else label(config)
+        if folder in done:
+            continue
+        folder.mkdir(exist_ok=True)
+        write(folder / "config.json", {**asdict(one), "compare": [], "seeds": [one.seed], "image_shape": dataset.shape})
+        trained = train(one, dataset, folder, states.get(folder)) if not key or ROWS[key] is not None else None
+        if rank() == 0:
+            done[folder] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
+            if comparing:
+                write(folder / "summary.json", {name: done[folder]})
     if rank():
         return
-    rows = baselines(config, dataset)
-    for folder, one in variants.items():
-        encoder, history = trained[folder]
-        rows[label(one)] = {**evaluate(lambda images: features(encoder, images), dataset),
-                            **cost(one, one.method, dataset.shape), "seconds": sum(row["seconds"] for row in history)}
-    if not comparing and config.method != "e2e":
-        rows["end-to-end"] = cost(config, "e2e", dataset.shape)
-        ratio = {c: rows["end-to-end"][c] / value for c, value in rows[label(config)].items() if c in rows["end-to-end"] and value}
-        rows["ratio"] = {c: f"{value:.1f}x" for c, value in ratio.items()}
+    if comparing:
+        rows = {}
+        for key, (name, _) in plan.items():
+            found = [done[place] for (k, _), place in places.items() if k == key]
+            rows[name] = {column: [row[column] for row in found] for column in (found[0] if found else {})}
+    else:
+        rows = {name: baseline(key, config, dataset) for key, name in
+                (("raw", "raw pixels"), ("random", "random encoder"), ("scratch", "scratch")) if key != "scratch" or config.finetune}
+        rows[label(config)] = done[out]
+        if config.method != "e2e":
+            rows["end-to-end"] = cost(config, "e2e", dataset.shape)
+            rows["ratio"] = {c: f"{x / done[out][c]:.1f}x" for c, x in rows["end-to-end"].items() if done[out].get(c)}
     if not config.micro_batch:
         for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
             rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape)
-    print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n{table(rows)}\n{NOTE}")
+    over = f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n{NOTE}")
     rows.pop("ratio", None)
     write(out / "summary.json", rows)
     print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
@@ -884,7 +1035,9 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments=None):
     """The command line: one flag for every field of Config, and the modes. Returns (function, its arguments)."""
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--compare", action="store_true", help="train end-to-end, progressive, FLL and FLL + FDD side by side")
+    parser.add_argument("--compare", nargs="*", choices=ROWS, metavar="ROW", help="train several methods side by side, all or "
+                        f"the named ones, and read back what is finished: {' '.join(ROWS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="the seeds of --compare (default: --seed)")
     parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from: paper is ViT-Tiny on CIFAR-10 as in Tun et al. 2024")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
@@ -894,19 +1047,24 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
     given = vars(parser.parse_args(arguments))
     given = {**PRESETS.get(given.pop("preset", None), {}), **given}
-    comparing, resume = given.pop("compare", False), given.pop("resume", None)
+    comparing, seeds, resume = given.pop("compare", None), given.pop("seeds", None), given.pop("resume", None)
     if given.pop("benchmark", False):
         return benchmark, (Config(**given),)
+    if seeds and (comparing is None or "seed" in given or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
+        raise InputError("--seeds takes the place of --seed for --compare: different whole numbers, from 0 on")
     if resume is not None:
         if not is_run(Path(resume)):
             raise InputError(f"{resume!r} is not a run folder: --resume takes the folder of an earlier run")
-        if comparing or "out" in given:
+        if comparing is not None or "out" in given:
             raise InputError("--resume goes on with a run as it is, in its own folder: leave out --compare and --out")
         saved = json.loads((Path(resume) / "config.json").read_text())
-        comparing, _ = saved.pop("compare"), saved.pop("image_shape", None)
+        comparing, seeds, _ = (saved.pop(name) for name in ("compare", "seeds", "image_shape"))
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
-    return run, (Config(**given), comparing, resume is not None)
+    if comparing == [] and resume is None:
+        comparing = list(ROWS)
+    config = Config(**given)
+    return run, (config, comparing or [], seeds or [config.seed], resume is not None)
 
 
 def join_processes(config):

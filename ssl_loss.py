@@ -1,8 +1,10 @@
-"""Self-supervision: the loss, the local step and a meter of its memory, and the probes that judge features.
+"""Self-supervision: the loss, the local step and a meter of its memory, and what judges features afterwards.
 
 NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is the local step of every method; with a
 micro-batch it caches gradients (GradCache, Gao et al. 2021): the same loss and gradients in almost constant memory.
 """
+import copy
+import math
 import weakref
 
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import data
 
 
 def nt_xent(z1, z2, temperature=0.1):
@@ -46,14 +50,18 @@ class ProjectionHead(nn.Sequential):
                          nn.Linear(hidden, out, bias=False))
 
 
-def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
+def contrastive_step(frozen, active, head, views, criterion, micro_batch=0, fixed=None):
     """Forward and backward of one local step; gradients land in the parameters of `active` and `head`.
 
     frozen: views [2B, C, H, W] -> what enters the active blocks, without a graph; active: that -> features [2B, dim];
     head: features -> z [2B, D]; criterion: z -> loss. micro_batch = M > 0 keeps the graph of M images at a time.
-    Returns the loss, detached."""
+    fixed = (active, head) of another model, whose z then is the criterion's second argument. Returns the loss, detached."""
+    @torch.no_grad()
+    def others(chunks):
+        return [fixed[1](torch.cat([fixed[0](chunk) for chunk in chunks]))] if fixed else []
     if not micro_batch:
-        loss = criterion(head(active(frozen(views))))
+        tokens = frozen(views)
+        loss = criterion(head(active(tokens)), *others([tokens]))
         loss.backward()
         return loss.detach()
     chunks = [frozen(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks once, kept
@@ -61,7 +69,7 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     with torch.no_grad():
         features = torch.cat([active(chunk) for chunk in chunks])       # 2. all features [2B, dim], no graph
     features.requires_grad_()
-    loss = criterion(head(features))                                    # 3. head and loss once, on all of them
+    loss = criterion(head(features), *others(chunks))                   # 3. head and loss once, on all of them
     loss.backward()
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
         active(chunk).backward(gradient)                                # 4. each chunk again, now with its graph
@@ -156,3 +164,37 @@ def logistic(x, y, classes, penalty):
 
     optimizer.step(closure)
     return [w.detach() for w in weights]
+
+
+def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3, weight_decay=1e-5,
+             labels_per_class=0, amp=False):
+    """Accuracy in % on the test images after supervised training of a copy of `encoder` with a linear classifier on top.
+
+    The protocol of Tun et al. 2024: AdamW, linear warm-up, then one cosine to 0. dataset: a data.Dataset;
+    recipe: a data.Recipe for light augmentation; generator: all randomness, on the encoder's device;
+    labels_per_class: how many labelled training images of each class to use, drawn at random; 0 means all."""
+    device = generator.device
+    order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
+    if labels_per_class:
+        order = torch.cat([order[dataset.train_labels[order] == label][:labels_per_class] for label in range(dataset.classes)])
+    images, labels = dataset.train_images[order].to(device), dataset.train_labels[order].to(device)
+    encoder = copy.deepcopy(encoder).requires_grad_().train()
+    classifier = nn.Linear(encoder(data.normalise(images[:1])).shape[1], dataset.classes, device=device)
+    nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(encoder, classifier)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    steps, warmup = math.ceil(len(images) / batch_size), min(warmup, epochs / 4)
+    for step in range(epochs * steps):
+        if step % steps == 0:
+            batches = torch.randperm(len(images), device=device, generator=generator).split(batch_size)
+        epoch, chosen = (step + 1) / steps, batches[step % steps]
+        share = max(0, epoch - warmup) / (epochs - warmup)
+        optimizer.param_groups[0]["lr"] = lr * min(epoch / warmup, (1 + math.cos(math.pi * share)) / 2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(data.view(images[chosen], recipe, generator))
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), labels[chosen]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        guesses = torch.cat([model.eval()(data.normalise(part.to(device))).argmax(1) for part in dataset.test_images.split(500)])
+    return 100 * (guesses == dataset.test_labels.to(device)).double().mean().item()
