@@ -56,7 +56,8 @@ class Config:
     head_hidden: int = knob(256, "width of the projection head's two hidden layers", low=1)
     head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
     blocks_per_stage: int = knob(1, "blocks added (and, layer-wise, trained) at each stage; must divide depth", low=1)
-    new_block: str = knob("copy", "how a new block starts: as a copy of the one below or fresh", choices=("copy", "fresh"))
+    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as one whose outputs are 0, or fresh",
+                          choices=("copy", "zero", "fresh"))
     depth_dropout: float = knob(0.25, "probability with which a client drops each frozen block in a round, in [0, 1)")
     clients: int = knob(2, "number of clients N", low=1)
     clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
@@ -316,7 +317,8 @@ def broadcast(server, stage, kept):
 def grow(config, server, shape, stage):
     """The server's state at the start of a stage, with the blocks that the stage adds.
 
-    A copy is the very tensors of the last block trained before, so broadcasting it costs one block, not two."""
+    A copy is the very tensors of the last block trained before, so broadcasting it costs one block, not two. A zero
+    block is a copy whose two output layers are 0: at first it is the identity, and features go on where they were."""
     top = max(int(name.split(".")[2]) for name in server if name.startswith("encoder.blocks."))
     source = server
     if config.new_block == "fresh":
@@ -327,6 +329,8 @@ def grow(config, server, shape, stage):
     for b in range(top + 1, stage.present):
         origin = f"encoder.blocks.{top if source is server else b}."
         added |= {name.replace(origin, f"encoder.blocks.{b}."): t for name, t in source.items() if name.startswith(origin)}
+    if config.new_block == "zero":
+        added |= {name: t.new_zeros(()).expand_as(t) for name, t in added.items() if ".attn.proj." in name or ".mlp.fc2." in name}
     return {**server, **added}
 
 
@@ -452,8 +456,8 @@ class WeightedMean:
 
 
 def nbytes(message):
-    """Bytes of a message; a tensor that goes by two names travels once."""
-    return sum({storage_id(t): t.numel() * t.element_size() for t in message.values()}.values())
+    """Bytes of a message; a tensor that goes by two names travels once, and one number repeated is one number."""
+    return sum({storage_id(t): t.untyped_storage().nbytes() for t in message.values()}.values())
 
 
 def news(state, stage, message, client):

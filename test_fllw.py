@@ -94,17 +94,21 @@ def test_nt_xent_equals_lightly():
 
 
 @pytest.mark.parametrize("first, present", [(0, 3), (0, 1), (2, 3)], ids=["end-to-end", "first stage", "frozen below"])
-@pytest.mark.parametrize("micro", [1, 3, 8, 100])
-def test_micro_batches_give_the_plain_loss_and_gradients(first, present, micro):
-    config, stage = replace(SMALL, depth=present), Stage(1, first, present, 1)
+@pytest.mark.parametrize("micro, align", [(1, 0.0), (3, 0.0), (8, 0.0), (100, 0.0), (3, 1.0)])
+def test_micro_batches_give_the_plain_loss_and_gradients(first, present, micro, align):
+    config, stage = replace(SMALL, depth=present, align=align), Stage(1, first, present, 1)
     views = torch.randn(16, 1, 14, 14, generator=torch.Generator().manual_seed(1))
+    criterion = (lambda z, g: fllw.aligned(config, z, g)) if align else lambda z: ssl_loss.nt_xent(*z.chunk(2), 0.1)
     results = []
     for m in (0, micro):
         kept = [b for b in range(present) if b != 1 or first == 0]  # depth dropout took a frozen block
         message = fllw.broadcast(fllw.initial(config, (1, 14, 14), present), stage, kept)
         learner = fllw.receive(config, message, (1, 14, 14), stage)
         parts = fllw.split(config, learner, stage)
-        loss = ssl_loss.contrastive_step(*parts, views, lambda z: ssl_loss.nt_xent(*z.chunk(2), 0.1), m)
+        other = fllw.initial(replace(config, seed=5), (1, 14, 14), present)
+        other = fllw.receive(config, fllw.broadcast(other, stage, kept), (1, 14, 14), stage)
+        loss = ssl_loss.contrastive_step(*parts, views, criterion, m, fllw.split(config, other, stage)[1:] if align else None)
+        assert all(p.grad is None for p in other.parameters())
         results.append((loss, torch.cat([p.grad.flatten() for p in learner.parameters() if p.requires_grad])))
     (plain, expected), (cached, gradient) = results
     assert cached.item() == pytest.approx(plain.item(), rel=1e-5)
@@ -178,6 +182,30 @@ def test_stages_are_the_family():
         assert [(s.first, s.present) for s in plan] == blocks and sum(s.rounds for s in plan) == 180
     assert [(s.first, s.present) for s in fllw.stages(replace(PAPER, blocks_per_stage=4))] == [(0, 4), (4, 8), (8, 12)]
     assert [s.rounds for s in fllw.stages(replace(SMALL, rounds=8))] == [3, 3, 2]
+    for rounds in range(5, 60):  # the most equal split
+        assert [s.rounds for s in fllw.stages(replace(SMALL, depth=5, rounds=rounds))] == list(map(len, np.array_split(range(rounds), 5)))
+
+
+def test_patience_ends_a_stage_and_leaves_its_rounds_to_later_ones():
+    """Against a loop that watches the losses round by round."""
+    config, dice = replace(SMALL, depth=4, rounds=40, patience=3), random.Random(1)
+    history, stage, begun, given = [], 1, 0, 10
+    for number in range(40):
+        mine = [row["loss"] for row in history[begun:]]
+        best = min(range(len(mine)), key=lambda i: mine[i]) if mine else 0
+        if len(mine) == given or (stage < 4 and mine and len(mine) - 1 - best >= 3):
+            begun, stage = number, stage + 1
+            given = math.ceil((40 - begun) / (5 - stage))
+        plan = fllw.stages(config, history)
+        assert sum(s.rounds for s in plan[:stage - 1]) == begun and plan[stage - 1].rounds == given and sum(s.rounds for s in plan) == 40
+        history.append({"stage": stage, "loss": dice.random() if stage != 2 else -number})
+    assert begun > 10 and [sum(row["stage"] == s for row in history) for s in (1, 2)] == [sum(row["stage"] == 1 for row in history), math.ceil(
+        (40 - sum(row["stage"] == 1 for row in history)) / 3)]  # stage 2 improved all the time and had its full share
+    _, history = fllw.federate(replace(SMALL, rounds=12, lr=1e-6, patience=1), dataset=images())  # nothing is learned
+    lengths = [sum(row["stage"] == s for row in history) for s in (1, 2, 3)]
+    assert sum(lengths) == 12 and lengths[0] < 4 < lengths[2]
+    assert fllw.cost(replace(SMALL, rounds=12, lr=1e-6, patience=1, depth_dropout=0.0), "fll", (1, 14, 14), history)["upload_bytes"] \
+        == sum(row["upload_bytes"] for row in history)
 
 
 @pytest.mark.parametrize("method", ["fll", "progressive", "e2e"])
@@ -245,6 +273,66 @@ def test_a_new_block_starts_as_a_copy_or_fresh():
         assert torch.equal(grown["encoder.blocks.1.mlp.fc1.weight"], server["encoder.blocks.0.mlp.fc1.weight"]) == same
         assert set(grown) == set(fllw.initial(SMALL, shape, 2))
     assert server.keys() == fllw.initial(SMALL, shape, 1).keys()  # the old state is left alone
+
+
+def test_a_zero_block_changes_no_feature_and_adds_no_bytes():
+    d, stage = images(), Stage(2, 1, 2, 1)
+    server = fllw.initial(SMALL, d.shape, 1)
+    grown = fllw.grow(replace(SMALL, new_block="zero"), server, d.shape, stage)
+    before, after = (fllw.features(fllw.encoder_of(SMALL, s, d.shape), d.train_images) for s in (server, grown))
+    assert torch.equal(before, after) and fllw.nbytes(grown) == fllw.nbytes(server) + 4 * 4  # four zeros of four bytes
+    upload, *_ = fllw.local_train(SMALL, stage, grown, d.train_images, 1, 0)
+    assert upload["encoder.blocks.1.mlp.fc2.weight"].abs().min() > 0 and not grown["encoder.blocks.1.mlp.fc2.weight"].any()
+
+
+# ------------------------------------------------------------------------------- what the family adds
+
+def test_the_server_calibrates_every_block_on_images_that_no_client_has():
+    config, d = replace(SMALL, rounds=3, calibrate=2, server_share=0.2), images()
+    parts = fllw.holdings(config, d.train_labels)
+    assert len(parts[fllw.SERVER]) == 12 and torch.cat(list(parts.values())).sort().values.tolist() == list(range(60))
+    assert len(fllw.holdings(replace(config, calibrate=0), d.train_labels)[fllw.SERVER]) == 0
+    states = []
+    fllw.federate(config, lambda row, state: states.append(dict(state.server)), d)
+    assert not torch.equal(states[1]["encoder.blocks.0.mlp.fc1.weight"], states[0]["encoder.blocks.0.mlp.fc1.weight"])  # a frozen one
+    # the last round once more, by hand: the clients' mean, then the server's own epochs over everything
+    stage, grown = Stage(3, 2, 3, 1), fllw.grow(config, states[1], d.shape, Stage(3, 2, 3, 1))
+    average = fllw.WeightedMean()
+    for client in range(3):
+        message = fllw.broadcast(grown, stage, fllw.draw_blocks(config, stage, 3, client))
+        average.add(fllw.local_train(config, stage, message, d.train_images[parts[client]], 3, client)[0], len(parts[client]))
+    own = d.train_images[parts[fllw.SERVER]]
+    expected, *_ = fllw.local_train(replace(config, local_epochs=2), replace(stage, first=0), grown | average.mean, own, 3, fllw.SERVER)
+    assert set(expected) == set(states[2]) and all(torch.equal(t, states[2][name]) for name, t in expected.items())
+    paid = fllw.cost(replace(config, depth_dropout=0.0), "fll", d.shape)
+    assert paid["download_bytes"] == paid["stateless_download_bytes"]  # no block is ever final
+
+
+def test_alignment_is_a_loop_over_both_views():
+    z, g = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
+    config = replace(SMALL, align=0.7, temperature=0.3)
+    expected = brute_nt_xent(z[:5], z[5:], 0.3) + 0.7 * (brute_nt_xent(z[:5], g[5:], 0.3) + brute_nt_xent(z[5:], g[:5], 0.3)) / 2
+    assert fllw.aligned(config, z, g).item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_alignment_holds_a_client_near_what_it_received():
+    d, stage = images(), Stage(2, 1, 2, 1)
+    message = fllw.initial(SMALL, d.shape, 2)
+    views = data.two_views(d.train_images, data.RECIPES["digits"], torch.Generator().manual_seed(9))
+
+    def drift(align):
+        config = replace(SMALL, align=align, local_epochs=8, lr=1e-2)
+        upload, losses, _ = fllw.local_train(config, stage, message, d.train_images, 1, 0)
+        with torch.no_grad():
+            own, received = (learner.head(learner.encoder(views)) for learner in
+                             (fllw.receive(config, m, d.shape, stage) for m in (message | upload, message)))
+        return nn.functional.cosine_similarity(own, received).mean().item(), losses[0].item()
+
+    (free, loss), (held, both) = drift(0.0), drift(1.0)
+    assert held > free + 0.04
+    assert both == pytest.approx(2 * loss, rel=1e-3)  # at the first step both models are the same
+    plain, aligned = (fllw.macs(replace(SMALL, align=a), Stage(3, 2, 3, 1), range(3), (1, 14, 14)) for a in (0.0, 1.0))
+    assert aligned - plain == 2 * (5 * 12 * 16**2 + 2 * 5**2 * 16 + 24 * (16 + 24 + 8))  # a block and the head, two views
 
 
 def centralized(config, d):
@@ -532,6 +620,31 @@ def test_probes_do_not_touch_the_encoder_nor_choose_by_test_labels(monkeypatch):
     assert fitted[:half] == fitted[half:]  # the same penalties tried and chosen, whatever the test labels
 
 
+def test_fine_tuning_learns_follows_its_schedule_and_leaves_the_encoder_alone(monkeypatch):
+    d = images(200)
+    for pixels, labels in ((d.train_images, d.train_labels), (d.test_images, d.test_labels)):
+        pixels //= 4
+        for i, label in enumerate(labels):
+            pixels[i, :, 2 * label:2 * label + 4] += 160  # a bright bar tells the class
+    encoder = fllw.encoder_of(SMALL, fllw.initial(SMALL, d.shape, 3), d.shape)
+    before, rates = {name: t.clone() for name, t in encoder.state_dict().items()}, []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    plain = data.Recipe(area=(1, 1), aspect=1)
+    tune = lambda **more: ssl_loss.finetune(encoder, d, plain, torch.Generator().manual_seed(0), batch_size=50, lr=3e-3, **more)
+    assert tune(epochs=16, warmup=2) > 90
+    expected = [3e-3 * (e / 2 if e < 2 else (1 + math.cos(math.pi * (e - 2) / 14)) / 2) for e in np.arange(1, 65) / 4]
+    assert rates == pytest.approx(expected)
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    assert all(p.grad is None for p in encoder.parameters()) and not encoder.training
+    seen = []
+    monkeypatch.setattr(data, "view", lambda x, *_: seen.append(x) or data.normalise(x))
+    tune(epochs=2, labels_per_class=3)
+    assert [len(x) for x in seen] == [15, 15] and len({bytes(i.numpy()) for x in seen for i in x}) == 15
+    bars = [sum(int((x[:, 0, 2 * c + 2].float().mean(1) > 100).sum()) for x in seen) for c in range(5)]
+    assert min(bars) >= 6  # three of each class, twice
+
+
 def test_linear_probe_finds_what_is_linearly_there():
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 3
@@ -549,6 +662,10 @@ def test_embedded_digits():
     assert d.train_images.dtype == torch.uint8 and d.classes == 10
     assert torch.bincount(d.train_labels).tolist() == [400] * 10 and torch.bincount(d.test_labels).tolist() == [100] * 10
     assert not {bytes(i.numpy()) for i in d.train_images} & {bytes(i.numpy()) for i in d.test_images}
+    few, fewer = data.load("mnist5k", images=500), data.load("mnist5k", images=100)
+    assert len(few.train_images) == 500 and few.classes == 10 and len(few.test_images) == 1000
+    small, large, whole = ({bytes(i.numpy()) for i in part.train_images} for part in (fewer, few, d))
+    assert small < large < whole
     assert data.MNIST5K.stat().st_size < 1.1e6
 
 
@@ -791,6 +908,10 @@ def test_a_wrong_npz_is_refused(case, capsys, tmp_path):
     ("--local-epochs 0", "--local-epochs"), ("--batch-size 1", "--batch-size"), ("--batch-size -4", "--batch-size"), ("--lr 0", "--lr"),
     ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"), ("--alpha -1", "--alpha"), ("--micro-batch -1", "--micro-batch"),
     ("--head-dim 0", "--head-dim"), ("--seed -1", "--seed"), ("--rounds many", "--rounds"), ("--method magic", "magic"), ("--speed 3", "--speed"),
+    ("--images 5000", "4,000"), ("--images 3 --clients 2", "4"), ("--calibrate 1 --server-share 0", "--server-share"), ("--server-share 1", "[0, 1)"),
+    ("--calibrate 1 --server-share 0.9999 --clients 1", "training images"), ("--align -1", "--align"), ("--patience -1", "--patience"),
+    ("--finetune -1", "--finetune"), ("--seeds 1 2", "--seeds"), ("--compare --seeds 1 1", "--seeds"), ("--compare --seeds 1 --seed 2", "--seeds"),
+    ("--compare --seeds -1", "--seeds"), ("--compare magic", "magic"),
     ("--device tpu9", "tpu9"), ("--device meta", "meta"), ("--compare --rounds 3 --method e2e", "stages"), *([] if torch.cuda.is_available() else [("--device cuda", "cuda")])])
 def test_a_wrong_setting_is_refused(arguments, word, capsys, tmp_path):
     assert word in refused(capsys, tmp_path, *arguments.split())
@@ -818,7 +939,7 @@ def test_wrong_checkpoints_are_refused(npz, capsys, tmp_path):
     assert "--compare" in refused(capsys, tmp_path, "--resume", run, "--compare", out=None)
     (run / "summary.json").unlink()
     assert "unfinished" in refused(capsys, tmp_path, "--data", npz, *TINY)
-    assert "unfinished" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
+    assert "a single run" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
     good = (run / "checkpoint.pt").read_bytes()
     foreign = io.BytesIO()
     torch.save({"weights": torch.zeros(3)}, foreign)
@@ -857,28 +978,55 @@ def test_the_command_leaves_a_run_folder(npz, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_compare_trains_every_method(npz, tmp_path):
-    done = run_cli("--compare", "--data", npz, *TINY, "--out", tmp_path / "run")
+def test_a_comparison_over_seeds(npz, tmp_path, capsys):
+    arguments = ["--compare", "raw", "random", "scratch", "centralized", "e2e", "progressive", "fll", "fdd", "e2e-bytes", "--seeds", 0, 3,
+                 "--data", npz, *TINY, "--finetune", 2, "--out", tmp_path / "run"]
+    done = run_cli(*arguments)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert list(rows)[:6] == ["raw pixels", "random encoder", "end-to-end", "progressive", "FLL", "FLL + FDD 0.25"]
-    for folder in ("e2e", "progressive", "fll", "fll-fdd"):
-        assert (tmp_path / "run" / folder / "encoder.pt").exists()
-    assert rows["FLL"]["macs"] < rows["progressive"]["macs"] < rows["end-to-end"]["macs"]
-    assert rows["FLL"]["upload_bytes"] < rows["progressive"]["upload_bytes"] < rows["end-to-end"]["upload_bytes"]
+    names = ["raw pixels", "random encoder", "scratch", "centralized", "end-to-end", "progressive", "FLL", "FLL + FDD 0.25"]
+    assert list(rows)[:8] == names and rows["FLL + patience 3"] == {} == rows["FLL + FDD 0.5"]
+    assert re.search(r"^FLL \+ patience 3 +not run$", done.stdout, re.M)
+    mean = lambda name, column: np.mean(rows[name][column])
+    for column in ("macs", "upload_bytes"):
+        assert mean("FLL", column) < mean("progressive", column) < mean("end-to-end", column)
+    equal, = [name for name in rows if "rounds: bytes of FLL" in name]
+    per_round = mean("end-to-end", "download_bytes") / 6  # as near as a whole number of rounds comes
+    assert abs(mean(equal, "download_bytes") - mean("FLL + FDD 0.25", "download_bytes")) < 0.75 * per_round
+    assert "upload_bytes" not in rows["centralized"] and set(rows["scratch"]) == {"finetuned"}
+    for key, seed, name in ("fll", 3, "FLL"), ("e2e", 0, "end-to-end"):  # every cell has its own run folder
+        one = json.loads((tmp_path / "run" / f"{key}-seed{seed}" / "summary.json").read_text())
+        assert one[name] == {column: values[(0, 3).index(seed)] for column, values in rows[name].items()}
+    alone = run_cli("--data", npz, *TINY, "--finetune", 2, "--depth-dropout", 0, "--seed", 3, "--out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    for column, value in json.loads((tmp_path / "alone" / "summary.json").read_text())["FLL"].items():
+        assert column == "seconds" or value == rows["FLL"][column][1], column
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
+    again = run_cli("--compare", "fll", *arguments[10:])  # reads back what is there and trains nothing
+    assert again.returncode == 0 and "round" not in again.stdout.split("Accuracy")[0]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
+    assert "--lr" in refused(capsys, tmp_path, *arguments, "--lr", 0.5, out=None)
+    assert "a comparison" in refused(capsys, tmp_path, *arguments[12:], out=None)
 
 
-def test_a_comparison_resumes_where_it_stopped(npz, tmp_path):
-    arguments = ["--compare", "--data", npz, *TINY]
-    process = subprocess.Popen([sys.executable, str(HERE / "fllw.py"), *map(str, arguments), "--out", str(tmp_path / "run")],
+def test_means_and_spreads_of_a_table():
+    text = fllw.table({"a": {"knn": [90.0, 92.0], "macs": [1e9, 3e9]}, "b": {"knn": 50.0}, "c": {}})
+    assert [line.split() for line in text.splitlines()[1:]] == [["a", "91.0", "±1.4", "2.00"], ["b", "50.0", "-"], ["c", "not", "run"]]
+
+
+def test_a_comparison_goes_on_where_it_stopped(npz, tmp_path):
+    arguments = ["--compare", "e2e", "progressive", "fll", "--data", npz, *TINY, "--out", tmp_path / "run"]
+    process = subprocess.Popen([sys.executable, str(HERE / "fllw.py"), *map(str, arguments)],
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "run" / "progressive" / "checkpoint.pt").exists():
+    while not (tmp_path / "run" / "progressive-seed0" / "checkpoint.pt").exists():
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    done = run_cli("--resume", tmp_path / "run")
+    done = run_cli(*arguments)
     assert done.returncode == 0 and len(re.findall(r"^ +1/1 +\d/6 ", done.stdout, re.M)) == 0  # end-to-end was done
-    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())) >= 6
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert all(rows[name]["knn"] for name in ("end-to-end", "progressive", "FLL"))
+    assert run_cli("--resume", tmp_path / "run").stdout.split("mean")[-1][-900:] == done.stdout[-900:]
 
 
 def test_the_benchmark_prints_its_tables(npz, capsys):
@@ -899,8 +1047,10 @@ def test_help_explains_every_setting():
 
 
 def test_flags_override_a_preset():
-    _, (config, comparing, resume) = fllw.parse("--preset paper --depth 6 --seed 3".split())
-    assert config == replace(Config(**fllw.PRESETS["paper"]), depth=6, seed=3) and not comparing and not resume
+    _, (config, comparing, seeds, resume) = fllw.parse("--preset paper --depth 6 --seed 3".split())
+    assert config == replace(Config(**fllw.PRESETS["paper"]), depth=6, seed=3) and not comparing and seeds == [3] and not resume
+    _, (config, comparing, seeds, _) = fllw.parse("--compare --seeds 2 5 --lr 0.5".split())
+    assert comparing == list(fllw.ROWS) and seeds == [2, 5] and config.lr == 0.5
 
 
 def stripped(run):
