@@ -63,6 +63,7 @@ class Config:
     clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
     alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID", low=0)
     rounds: int = knob(96, "federated rounds, shared equally among the stages", low=1)
+    first_share: float = knob(0.0, "share of the rounds for a layer-wise run's first stage, the one that trains the embedding; 0 means an equal share")
     local_epochs: int = knob(1, "passes of a client over its images in a round", low=1)
     batch_size: int = knob(64, "images in a local step (each gives two views)", low=2)
     micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch", low=0)
@@ -99,7 +100,7 @@ def check(config):
             raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
         if low is not None and not (low <= value < math.inf):
             raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
-    for name in ("depth_dropout", "client_failure", "server_share"):
+    for name in ("depth_dropout", "client_failure", "first_share", "server_share"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be in [0, 1), it is {getattr(config, name):g}")
     if config.dim % config.heads:
@@ -284,10 +285,13 @@ def stages(config, history=()):
         blocks = [((s - 1) * k, s * k) for s in range(1, L // k + 1)]
     plan, left = [], config.rounds
     for number, (first, present) in enumerate(blocks, 1):
-        rounds = math.ceil(left / (len(blocks) - number + 1))
+        later = len(blocks) - number
+        rounds = math.ceil(left / (later + 1))
+        if number == 1 and config.first_share and config.method == "fll":
+            rounds = min(max(1, round(config.first_share * left)), left - later)
         losses = [math.inf if row["loss"] is None else row["loss"] for row in history if row["stage"] == number]
         stalled = config.patience and losses and len(losses) - 1 - np.argmin(losses) >= config.patience
-        if stalled and number < len(blocks):
+        if stalled and later:
             rounds = min(rounds, len(losses))
         plan.append(Stage(number, first, present, rounds))
         left -= rounds

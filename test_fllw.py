@@ -184,6 +184,9 @@ def test_stages_are_the_family():
     assert [s.rounds for s in fllw.stages(replace(SMALL, rounds=8))] == [3, 3, 2]
     for rounds in range(5, 60):  # the most equal split
         assert [s.rounds for s in fllw.stages(replace(SMALL, depth=5, rounds=rounds))] == list(map(len, np.array_split(range(rounds), 5)))
+    share = lambda **more: [s.rounds for s in fllw.stages(replace(SMALL, rounds=12, first_share=0.5, **more))]
+    assert share() == [6, 3, 3] and share(method="progressive") == [4, 4, 4]
+    assert [s.rounds for s in fllw.stages(replace(SMALL, rounds=4, first_share=0.9))] == [2, 1, 1]
 
 
 def test_patience_ends_a_stage_and_leaves_its_rounds_to_later_ones():
