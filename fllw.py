@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ class Config:
     client_failure: float = knob(0.0, "probability that a sampled client drops out of a round before uploading")
     patience: int = knob(0, "rounds without a lower loss after which a stage ends early and leaves its rounds to later ones; 0 means never", low=0)
     align: float = knob(0.0, "weight of the term that aligns a client's projections with the received model's", low=0)
-    calibrate: int = knob(0, "epochs of end-to-end training by the server after every round, on images that no client has", low=0)
+    calibrate: int = knob(0, "epochs of end-to-end training by the server, on images that no client has", low=0)
+    calibrate_at: str = knob("end", "when the server calibrates: after the last round or after every round", choices=("end", "round"))
     server_share: float = knob(0.1, "share of the training images that the server keeps for itself if it calibrates, in [0, 1)")
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
@@ -276,23 +278,18 @@ def stages(config, history=()):
 
     history: the rows of the rounds done. With patience, a stage whose loss has not fallen below its best for so many
     rounds is over, and the later ones share the rounds it leaves."""
-    L, k = config.depth, config.blocks_per_stage
-    if config.method == "e2e":
-        blocks = [(0, L)]
-    elif config.method == "progressive":
-        blocks = [(0, s * k) for s in range(1, L // k + 1)]
-    else:
-        blocks = [((s - 1) * k, s * k) for s in range(1, L // k + 1)]
+    k = config.depth if config.method == "e2e" else config.blocks_per_stage
+    blocks = [(0 if config.method == "progressive" else top - k, top) for top in range(k, config.depth + 1, k)]
     plan, left = [], config.rounds
     for number, (first, present) in enumerate(blocks, 1):
         later = len(blocks) - number
         rounds = math.ceil(left / (later + 1))
-        if number == 1 and config.first_share and config.method == "fll":
+        if number == 1 and later and config.first_share and config.method == "fll":
             rounds = min(max(1, round(config.first_share * left)), left - later)
-        losses = [math.inf if row["loss"] is None else row["loss"] for row in history if row["stage"] == number]
-        stalled = config.patience and losses and len(losses) - 1 - np.argmin(losses) >= config.patience
-        if stalled and later:
-            rounds = min(rounds, len(losses))
+        mine = [row for row in history if row["stage"] == number]
+        losses = [row["loss"] for row in mine if row["loss"] is not None]
+        if later and config.patience and losses and len(losses) - 1 - np.argmin(losses) >= config.patience:
+            rounds = min(rounds, len(mine))
         plan.append(Stage(number, first, present, rounds))
         left -= rounds
     return plan
@@ -369,7 +366,7 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
     message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: the share of the
     stage's rounds that is done. Returns (upload, losses, peak_memory_bytes): the trained tensors, the loss of every
     local step [steps], and the memory that the first two of them took."""
-    views = data.RECIPES[recipe(config)]
+    changes = data.RECIPES[recipe(config)]
     draws = torch.Generator(images.device).manual_seed(int(rng(config, TRAINING, round, client).integers(2**63)))
     batch = min(config.batch_size, len(images))
     steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
@@ -378,13 +375,10 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         learner = receive(config, message, images.shape[1:], stage)
         trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay, fused=True)
-        if config.align:
-            received = receive(config, message, images.shape[1:], stage)
-            received.load_state_dict({name: p for name, p in learner.named_parameters() if name not in trained}, strict=False, assign=True)
-    frozen, active, head = split(config, learner, stage)
-    criterion, fixed = lambda z: nt_xent(*z.chunk(2), config.temperature), None
-    if config.align:
-        criterion, fixed = lambda z, g: aligned(config, z, g), split(config, received, stage)[1:]
+        frozen, active, head = split(config, learner, stage)
+        if config.align:  # what was received, once more, as it came; the frozen blocks are the same in both
+            received = receive(config, broadcast(message, stage, range(stage.first, stage.present)), images.shape[1:], stage)
+            _, old_active, old_head = split(config, received, stage)
     for step in range(config.local_epochs * steps):
         if step % steps == 0:
             order = torch.randperm(len(images), device=images.device, generator=draws).split(batch)
@@ -392,18 +386,25 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
         optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
         with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
             optimizer.zero_grad()
-            losses.append(contrastive_step(frozen, active, head, data.two_views(images[order[step % steps]], views, draws),
-                                           criterion, config.micro_batch, fixed))
+            views, old = [data.two_views(images[order[step % steps]], changes, draws)], None
+            if config.align:
+                with torch.no_grad():
+                    parts = views[0].split(2 * config.micro_batch or len(views[0]))
+                    old = old_head(torch.cat([old_active(frozen(part)) for part in parts]))
+                    del parts
+            losses.append(contrastive_step(frozen, active, head, views.pop(), lambda z: criterion(config, z, old), config.micro_batch))
             optimizer.step()
     return {name: p.detach() for name, p in trained.items()}, torch.stack(losses), meter.peak
 
 
-def aligned(config, z, g):
-    """NT-Xent with representation alignment (Tun et al. 2024): z, g [2B, D] are the projections of the same two views by
-    the client's model and by the one it received; each view also has to find its image's other view as received."""
-    (z1, z2), (g1, g2) = z.chunk(2), g.chunk(2)
-    contrast = lambda a, b: nt_xent(a, b, config.temperature)
-    return contrast(z1, z2) + config.align * (contrast(z1, g2) + contrast(z2, g1)) / 2
+def criterion(config, z, old=None):
+    """NT-Xent of the projections z [2B, D] of two views; with `old`, the projections of the same views by the model that
+    the client received, also representation alignment (Tun et al. 2024): find the image's other view as it was there."""
+    contrast, (z1, z2) = lambda a, b: nt_xent(a, b, config.temperature), z.chunk(2)
+    if old is None:
+        return contrast(z1, z2)
+    old1, old2 = old.chunk(2)
+    return contrast(z1, z2) + config.align * (contrast(z1, old2) + contrast(z2, old1)) / 2
 
 
 def split(config, learner, stage):
@@ -498,12 +499,12 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     clients = sample_clients(config, round)
     kept = [draw_blocks(config, stage, round, client) for client in clients]
     trained = {name: tensor for name, tensor in state.server.items() if stage.trains(name)}
-    whole = replace(stage, first=0)  # calibration trains every block: nothing that a client holds is final
+    final = replace(stage, first=0) if config.calibrate and config.calibrate_at == "round" else stage  # nothing, or what is frozen
     bytes_down = []  # [kept what it received, stateless] a client
     report = np.zeros((len(clients), 4))  # [bytes up, sound, loss, peak memory] a client
     for i, client in enumerate(clients):
         message = broadcast(state.server, stage, kept[i])
-        bytes_down.append((nbytes(news(state, whole if config.calibrate else stage, message, client)), nbytes(message)))
+        bytes_down.append((nbytes(news(state, final, message, client)), nbytes(message)))
         failed = rng(config, FAILURE, round, client).random() < config.client_failure
         if failed or i % share[1] != share[0]:
             continue
@@ -517,39 +518,45 @@ def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
     if answered.any() and not np.isfinite(report[answered, 2]).any():
         raise Diverged(f"the loss became NaN or infinite on every client in round {round}")
     state.server = {**state.server, **average.mean}
-    if config.calibrate:
-        calibrate(state, whole, work, progress, share)
+    calibrated = calibrate(config, state, stage, work, progress, share)
     state.history.append({
         "round": round, "stage": stage.number, "method": config.method,
         "loss": float(report[accepted, 2].mean()) if accepted.any() else None,
         "active_blocks": list(range(stage.first, stage.present)), "clients": clients, "kept_blocks": kept,
         "lost": np.array(clients)[~answered].tolist(), "rejected": np.array(clients)[answered & ~accepted].tolist(),
         "download_bytes": float(np.mean(bytes_down, 0)[0]), "stateless_download_bytes": float(np.mean(bytes_down, 0)[1]),
-        "upload_bytes": float(report[:, 0].mean()),
+        "upload_bytes": float(report[:, 0].mean()), "calibrated": calibrated,
         "macs": float(np.mean([config.local_epochs * macs(config, stage, k, state.shape) for k in kept])),
         "peak_memory_bytes": int(report[:, 3].max()), "seconds": time.perf_counter() - began})
     return state.history[-1]
 
 
-def calibrate(state, whole, work, progress, share):
+def calibrate(config, state, stage, work, progress, share):
     """Server-side calibration (Tun et al. 2024): the server trains all present blocks on its own images.
 
-    Its work is a client's, only that everything trains; under torchrun the first process does it for all."""
-    result = WeightedMean()
+    Its work is a client's, only that everything trains; under torchrun the first process does it for all. After the
+    last round it has a cosine of its own, after every round the stage's. Returns whether it did anything."""
+    last = config.calibrate_at == "end"
+    if not config.calibrate or (last and len(state.history) + 1 < config.rounds):
+        return False
+    whole, result = replace(stage, first=0, rounds=1 if last else stage.rounds), WeightedMean()
     if share[0] == 0:
-        upload, *_ = work(whole, state.server, len(state.history) + 1, SERVER, progress)
+        upload, *_ = work(whole, state.server, len(state.history) + 1, SERVER, 0.0 if last else progress)
         if sound(upload, state.server):
             result.add(upload, 1)
     if share[1] > 1:
         result.combine(state.server, np.zeros(0))
     state.server = {**state.server, **result.mean}
+    return result.weight > 0
 
 
-def run_rounds(config, state, work, share=(0, 1)):
-    """All rounds that `state` has not seen yet, one after the other; yields each row."""
+def run_rounds(config, state, work, share=(0, 1), past=None):
+    """All rounds that `state` has not seen yet, one after the other; yields each row.
+
+    past: rows whose losses end the stages (with patience), if not those of `state` itself."""
     while len(state.history) < config.rounds:
         done = len(state.history)
-        for stage in stages(config, state.history):
+        for stage in stages(config, state.history if past is None else past):
             if done < stage.rounds:
                 break
             done -= stage.rounds
@@ -610,16 +617,16 @@ def encoder_of(config, server, shape):
 def macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count: two views, forward 1x and
     backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products. Micro-batches
-    run what trains, but for the head, forward a second time; alignment runs what was received forward."""
+    run what trains, but for the head, forward a second time; alignment runs what was received forward once."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T = patches + 1
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; query-key and attention-value products
     embed = patches * config.patch_size**2 * channels * D
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
-    align = config.align > 0
-    active, times = stage.present - stage.first, 3 + (config.micro_batch > 0) + align
-    return 2 * ((1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + (3 + align) * head)
+    active, times = stage.present - stage.first, 4 if config.micro_batch else 3
+    trained = (1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + 3 * head
+    return 2 * (trained + (embed + len(kept) * block + head) * (config.align > 0))
 
 
 def step_memory(config, stage, kept, image_shape):
@@ -638,17 +645,15 @@ def cost(config, method, image_shape, history=()):
     """What a client that takes part in every round pays over the whole training, without training.
 
     Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width);
-    history: the rows of a run with patience, whose losses tell when its stages ended.
+    history: the rows of a run with patience, whose losses tell when its stages ended. What the server pays is not in it.
     Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
     macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
     check(replace(config, method=method))
     clients = min(config.clients_per_round or config.clients, 10)  # with depth dropout, the mean over as many draws
-    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0,
-                     patience=config.patience if history else 0)
-    plan, losses = stages(config), {row["round"]: torch.tensor(row["loss"] or math.inf) for row in history}
-    work = lambda stage, message, round, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)},
-                                              losses.get(round, torch.zeros(())), 0, 1)
-    rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work))
+    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0)
+    plan = stages(config)
+    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, torch.zeros(1), 0, 1)
+    rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work, past=history))
     fullest = {row["stage"]: max(row["kept_blocks"], key=len) for row in rows}
     return {**{name: sum(row[name] for row in rows)
                for name in ("download_bytes", "stateless_download_bytes", "upload_bytes", "macs")},
@@ -685,29 +690,35 @@ def label(config):
             + f" + patience {config.patience}" * (config.patience > 0))
 
 
-ROWS = {  # of --compare: what each changes in FLL with the given settings; None needs no pre-training
-    "raw": None, "random": None, "scratch": None, "centralized": dict(method="e2e", clients=1, clients_per_round=0),
-    "e2e": dict(method="e2e"), "progressive": dict(method="progressive"), "fll": {}, "fdd": dict(depth_dropout=0.25),
-    "fdd-half": dict(depth_dropout=0.5), "2-blocks": dict(blocks_per_stage=2), "calibrate": dict(calibrate=1),
-    "align": dict(align=1.0), "patience": dict(patience=3),
+ROWS = {  # of --compare: a name where nothing is pre-trained, else what changes in FLL with the given settings
+    "raw": "raw pixels", "random": "random encoder", "scratch": "scratch",
+    "centralized": dict(method="e2e", clients=1, clients_per_round=0), "e2e": dict(method="e2e"),
+    "progressive": dict(method="progressive"), "fll": {}, "fdd": dict(depth_dropout=0.25), "fdd-half": dict(depth_dropout=0.5),
+    "2-blocks": dict(blocks_per_stage=2), "align": dict(align=1.0), "patience": dict(patience=3),
+    "calibrate": dict(depth_dropout=0.25, calibrate=60), "e2e-calibrate": dict(method="e2e", calibrate=60),
     # with so many rounds that a client pays as many bytes, or as much compute, as for the other method
     "e2e-bytes": ("e2e", "fdd"), "e2e-compute": ("e2e", "fdd"), "fdd-bytes": ("fdd", "e2e"), "fdd-compute": ("fdd", "e2e")}
 
 
 def variants(config, shape):
-    """The rows of a comparison that can be run: key -> (name in the table, settings)."""
+    """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
-    plan = {"raw": ("raw pixels", config), "random": ("random encoder", config), "scratch": ("scratch", config)}
-    for key, changes in ROWS.items():
-        if isinstance(changes, dict) and (key != "2-blocks" or config.depth % 2 == 0):
-            plan[key] = label(replace(fll, **changes)), replace(fll, **changes)
-        elif isinstance(changes, tuple):
-            (name, one), (other, reference) = (plan[k] for k in changes)
-            paid, budget = (cost(c, c.method, shape) for c in (one, reference))
-            total = lambda price: price["macs"] if "compute" in key else price["download_bytes"] + price["upload_bytes"]
-            rounds = max(len(stages(one)), round(one.rounds * total(budget) / total(paid)))
-            plan[key] = f"{name}, {rounds} rounds: {key.split('-')[1]} of {other}", replace(one, rounds=rounds)
-    return plan
+    plan, paid = {}, {}
+    for key, row in ROWS.items():
+        if isinstance(row, str):
+            plan[key] = row, config
+        elif isinstance(row, dict):
+            one = replace(fll, **row) if key != "2-blocks" or config.depth % 2 == 0 else fll
+            plan[key] = label(one), one
+        else:
+            for k in row:
+                paid[k] = paid.get(k) or cost(replace(plan[k][1], seed=0), plan[k][1].method, shape)
+            one, budget = (p["macs"] if "compute" in key else p["download_bytes"] + p["upload_bytes"] for p in map(paid.get, row))
+            rounds = max(len(stages(plan[row[0]][1])), round(config.rounds * budget / one))
+            plan[key] = (f"{plan[row[0]][0]}, {rounds} rounds: {key.split('-')[1]} of {plan[row[1]][0]}",
+                         replace(plan[row[0]][1], rounds=rounds))
+    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "centralized": config.clients == 1}
+    return {key: row for key, row in plan.items() if not impossible.get(key)}
 
 
 def load_dataset(config):
@@ -731,18 +742,22 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
     folder -> State to go on from). A comparison always goes on with what is there, a single run if asked to."""
     if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
         raise InputError(f"{out} exists and is not a run folder: choose another --out")
-    if out.exists() and is_run(out) and bool(json.loads((out / "config.json").read_text())["compare"]) != bool(comparing):
+    saved = json.loads((out / "config.json").read_text()) if is_run(out) else {}
+    if saved and isinstance(saved["compare"], str):
+        raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
+    if saved and bool(saved["compare"]) != bool(comparing):
         raise InputError(f"{out} holds {'a single run' if comparing else 'a comparison'}: choose another --out")
     if not (resume or comparing or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():
         raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
+    if saved and comparing:
+        refuse_changes(out, saved, {**asdict(config), "seed": saved["seed"]}, but=())
     done, states = {}, {}
     for folder, one in jobs.items():
         check(one)
         holdings(one, dataset.train_labels)
-        initial(one, dataset.shape, 1, "meta")  # sees that the patch size fits
-        if comparing and (folder / "summary.json").exists():
-            refuse_changes(folder, json.loads((folder / "config.json").read_text()), asdict(one))
-            done[folder], = json.loads((folder / "summary.json").read_text()).values()
+        if comparing and (folder / "summary.json").exists() and is_run(folder):
+            refuse_changes(folder, json.loads((folder / "config.json").read_text()), asdict(one), but=())
+            done[folder] = json.loads((folder / "summary.json").read_text())
         elif (resume or comparing) and (folder / "checkpoint.pt").exists():
             states[folder] = load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
     needed = 4 * len(jobs) * nbytes(initial(config, dataset.shape, config.depth, "meta"))
@@ -750,12 +765,13 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
         out.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(out).free < needed:
             raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
-        write(out / "probe.json", {})  # a folder that cannot be written is found before training
-        (out / "probe.json").unlink(missing_ok=True)
+        write(out / "probe.tmp", {})  # a folder that cannot be written is found before training
+        (out / "probe.tmp").unlink(missing_ok=True)
         if not (resume or comparing) and rank() == 0:
             for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
                 (out / name).unlink(missing_ok=True)
-        write(out / "config.json", {**asdict(config), "compare": comparing, "seeds": seeds, "image_shape": dataset.shape})
+        rows = [key for key in ROWS if key in {*comparing, *saved.get("compare", [])}]
+        write(out / "config.json", {**asdict(config), "compare": rows, "seeds": seeds, "image_shape": dataset.shape})
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     return done, states
@@ -795,12 +811,12 @@ def load_checkpoint(path, config, shape):
     return state
 
 
-def refuse_changes(path, saved, asked):
-    """Raise InputError if a setting that shapes the result differs from the saved one."""
+def refuse_changes(path, saved, asked, but=("finetune", "labels_per_class")):
+    """Raise InputError if a setting that shapes the result differs from the saved one; `but` those named."""
     for name, value in asked.items():
-        if name not in ("device", "out", "cache") and value != saved.get(name):
-            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was trained with {saved.get(name)}: "
-                             "resume without that flag, or train anew with another --out")
+        if name not in ("device", "out", "cache", *but) and value != saved.get(name):
+            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was made with {saved.get(name)}: "
+                             "go on without that flag, or start anew with another --out")
 
 
 def load_encoder(run):
@@ -821,7 +837,8 @@ def strip(row):
 def mishaps(row):
     """What went wrong in a round, in words."""
     said = [f"client {c} lost" for c in row["lost"]] + [f"client {c} rejected: NaN, infinity or a wrong shape" for c in row["rejected"]]
-    said += ["no sound answer: the model stays as it was"] * (row["loss"] is None)
+    said += ["no sound answer: the round changes nothing"] * (row["loss"] is None)
+    said += ["calibrated"] * row["calibrated"]
     return "  (" + "; ".join(said) + ")" if said else ""
 
 
@@ -878,6 +895,7 @@ def result(config, dataset, encoder, history):
 
 
 COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
+    "seeds": ("seeds", 1, ".0f"),
     "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "finetuned": ("fine-tuned %", 1, ".1f"),
     "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
     "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"), "seconds": ("seconds", 1, ".0f")}
@@ -915,45 +933,48 @@ def run(config, comparing, seeds, resume):
     comparing: keys of ROWS, [] for a single run. A single run also shows what needs no pre-training."""
     out = Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else f'{config.method}-seed{config.seed}'}")
     dataset = load_dataset(config)
-    plan = variants(config, dataset.shape) if comparing else {}
-    comparing = [key for key in comparing if key in plan]
-    places = {(key, seed): out / f"{key}-seed{seed}" for seed in seeds for key in comparing if key != "raw" or seed == seeds[0]}
-    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in places.items()} or {out: config}
+    plan = variants(config, dataset.shape) if comparing else {"": (label(config), config)}
+    if comparing and comparing != list(ROWS) and (impossible := [key for key in comparing if key not in plan]):
+        raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
+    places = {(key, seed): out / f"{key}-seed{seed}" if key else out for seed in seeds for key in plan if key != "raw" or seed == seeds[0]}
+    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in places.items()
+            if not comparing or key in comparing or (folder / "summary.json").exists()}  # what is finished is shown, too
     done, states = prepare(config, dataset, jobs, out, comparing, seeds, resume)
     stop_on_interrupt(out)
-    for (key, _), folder in (places or {("", 0): out}).items():
-        one, name = jobs[folder], plan[key][0] if key else label(config)
-        if folder in done:
+    history = ()
+    for (key, _), folder in places.items():
+        if folder in done or folder not in jobs:
             continue
+        one, untrained = jobs[folder], isinstance(ROWS.get(key), str)
         folder.mkdir(exist_ok=True)
-        write(folder / "config.json", {**asdict(one), "compare": [], "seeds": [one.seed], "image_shape": dataset.shape})
-        trained = train(one, dataset, folder, states.get(folder)) if not key or ROWS[key] is not None else None
+        if comparing:
+            write(folder / "config.json", {**asdict(one), "compare": key, "seeds": [one.seed], "image_shape": dataset.shape})
+        if not untrained:
+            encoder, history = train(one, dataset, folder, states.get(folder))
         if rank() == 0:
-            done[folder] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
+            done[folder] = baseline(key, one, dataset) if untrained else result(one, dataset, encoder, history)
             if comparing:
-                write(folder / "summary.json", {name: done[folder]})
+                write(folder / "summary.json", done[folder])
     if rank():
         return
     if comparing:
-        rows = {}
-        for key, (name, _) in plan.items():
-            found = [done[place] for (k, _), place in places.items() if k == key]
-            rows[name] = {column: [row[column] for row in found] for column in (found[0] if found else {})}
+        found = {key: [done[folder] for (k, _), folder in places.items() if k == key and folder in done] for key in plan}
+        rows = {plan[key][0]: {"seeds": len(over), **{c: [row[c] for row in over] for c in over[0]}} if over else {}
+                for key, over in found.items()}
     else:
-        rows = {name: baseline(key, config, dataset) for key, name in
-                (("raw", "raw pixels"), ("random", "random encoder"), ("scratch", "scratch")) if key != "scratch" or config.finetune}
-        rows[label(config)] = done[out]
+        rows = {ROWS[key]: baseline(key, config, dataset) for key in ("raw", "random", "scratch") if key != "scratch" or config.finetune}
+        rows[label(config)], whole = done[out], replace(config, method="e2e")
         if config.method != "e2e":
-            rows["end-to-end"] = cost(config, "e2e", dataset.shape)
-            rows["ratio"] = {c: f"{x / done[out][c]:.1f}x" for c, x in rows["end-to-end"].items() if done[out].get(c)}
+            rows[label(whole)] = cost(whole, "e2e", dataset.shape)
+            rows["ratio"] = {c: f"{x / done[out][c]:.1f}x" for c, x in rows[label(whole)].items() if done[out].get(c)}
     if not config.micro_batch:
         for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
-            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape)
-    over = f", mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape, history if one.patience else ())
+    over = f", mean ± standard deviation over seeds of {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n{NOTE}")
     rows.pop("ratio", None)
     write(out / "summary.json", rows)
-    print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
+    print(f"Everything is in {out}: summary.json is this table" + ", encoder.pt the encoder, history.json the rounds" * (not comparing))
 
 
 def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
@@ -1058,6 +1079,9 @@ def parse(arguments=None):
     comparing, seeds, resume = given.pop("compare", None), given.pop("seeds", None), given.pop("resume", None)
     if given.pop("benchmark", False):
         return benchmark, (Config(**given),)
+    for name in {"method", "depth_dropout", "blocks_per_stage", "calibrate", "align", "patience"} & given.keys():
+        if comparing is not None:
+            raise InputError(f"--compare sets --{name.replace('_', '-')} itself, row by row: leave it out")
     if seeds and (comparing is None or "seed" in given or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
         raise InputError("--seeds takes the place of --seed for --compare: different whole numbers, from 0 on")
     if resume is not None:
@@ -1066,6 +1090,8 @@ def parse(arguments=None):
         if comparing is not None or "out" in given:
             raise InputError("--resume goes on with a run as it is, in its own folder: leave out --compare and --out")
         saved = json.loads((Path(resume) / "config.json").read_text())
+        if isinstance(saved["compare"], str):
+            raise InputError(f"{resume} is a row of a comparison: --resume {Path(resume).parent}")
         comparing, seeds, _ = (saved.pop(name) for name in ("compare", "seeds", "image_shape"))
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
@@ -1083,7 +1109,7 @@ def join_processes(config):
             if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
                 raise InputError(f"there are {torch.cuda.device_count()} GPUs: --nproc-per-node must be at most that, or use --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while the first evaluates
         if rank():
             sys.stdout = open(os.devnull, "w")
 

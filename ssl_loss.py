@@ -50,18 +50,14 @@ class ProjectionHead(nn.Sequential):
                          nn.Linear(hidden, out, bias=False))
 
 
-def contrastive_step(frozen, active, head, views, criterion, micro_batch=0, fixed=None):
+def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     """Forward and backward of one local step; gradients land in the parameters of `active` and `head`.
 
     frozen: views [2B, C, H, W] -> what enters the active blocks, without a graph; active: that -> features [2B, dim];
     head: features -> z [2B, D]; criterion: z -> loss. micro_batch = M > 0 keeps the graph of M images at a time.
-    fixed = (active, head) of another model, whose z then is the criterion's second argument. Returns the loss, detached."""
-    @torch.no_grad()
-    def others(chunks):
-        return [fixed[1](torch.cat([fixed[0](chunk) for chunk in chunks]))] if fixed else []
+    Returns the loss, detached."""
     if not micro_batch:
-        tokens = frozen(views)
-        loss = criterion(head(active(tokens)), *others([tokens]))
+        loss = criterion(head(active(frozen(views))))
         loss.backward()
         return loss.detach()
     chunks = [frozen(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks once, kept
@@ -69,7 +65,7 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0, fixe
     with torch.no_grad():
         features = torch.cat([active(chunk) for chunk in chunks])       # 2. all features [2B, dim], no graph
     features.requires_grad_()
-    loss = criterion(head(features), *others(chunks))                   # 3. head and loss once, on all of them
+    loss = criterion(head(features))                                    # 3. head and loss once, on all of them
     loss.backward()
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
         active(chunk).backward(gradient)                                # 4. each chunk again, now with its graph

@@ -94,21 +94,17 @@ def test_nt_xent_equals_lightly():
 
 
 @pytest.mark.parametrize("first, present", [(0, 3), (0, 1), (2, 3)], ids=["end-to-end", "first stage", "frozen below"])
-@pytest.mark.parametrize("micro, align", [(1, 0.0), (3, 0.0), (8, 0.0), (100, 0.0), (3, 1.0)])
-def test_micro_batches_give_the_plain_loss_and_gradients(first, present, micro, align):
-    config, stage = replace(SMALL, depth=present, align=align), Stage(1, first, present, 1)
+@pytest.mark.parametrize("micro", [1, 3, 8, 100])
+def test_micro_batches_give_the_plain_loss_and_gradients(first, present, micro):
+    config, stage = replace(SMALL, depth=present), Stage(1, first, present, 1)
     views = torch.randn(16, 1, 14, 14, generator=torch.Generator().manual_seed(1))
-    criterion = (lambda z, g: fllw.aligned(config, z, g)) if align else lambda z: ssl_loss.nt_xent(*z.chunk(2), 0.1)
     results = []
     for m in (0, micro):
         kept = [b for b in range(present) if b != 1 or first == 0]  # depth dropout took a frozen block
         message = fllw.broadcast(fllw.initial(config, (1, 14, 14), present), stage, kept)
         learner = fllw.receive(config, message, (1, 14, 14), stage)
         parts = fllw.split(config, learner, stage)
-        other = fllw.initial(replace(config, seed=5), (1, 14, 14), present)
-        other = fllw.receive(config, fllw.broadcast(other, stage, kept), (1, 14, 14), stage)
-        loss = ssl_loss.contrastive_step(*parts, views, criterion, m, fllw.split(config, other, stage)[1:] if align else None)
-        assert all(p.grad is None for p in other.parameters())
+        loss = ssl_loss.contrastive_step(*parts, views, lambda z: ssl_loss.nt_xent(*z.chunk(2), 0.1), m)
         results.append((loss, torch.cat([p.grad.flatten() for p in learner.parameters() if p.requires_grad])))
     (plain, expected), (cached, gradient) = results
     assert cached.item() == pytest.approx(plain.item(), rel=1e-5)
@@ -206,6 +202,8 @@ def test_patience_ends_a_stage_and_leaves_its_rounds_to_later_ones():
         (40 - sum(row["stage"] == 1 for row in history)) / 3)]  # stage 2 improved all the time and had its full share
     _, history = fllw.federate(replace(SMALL, rounds=12, lr=1e-6, patience=1), dataset=images())  # nothing is learned
     lengths = [sum(row["stage"] == s for row in history) for s in (1, 2, 3)]
+    silent = [{"stage": 1, "loss": None}] * 3
+    assert fllw.stages(replace(SMALL, rounds=12, patience=1), silent)[0].rounds == 4  # a round nobody answered tells nothing
     assert sum(lengths) == 12 and lengths[0] < 4 < lengths[2]
     assert fllw.cost(replace(SMALL, rounds=12, lr=1e-6, patience=1, depth_dropout=0.0), "fll", (1, 14, 14), history)["upload_bytes"] \
         == sum(row["upload_bytes"] for row in history)
@@ -291,7 +289,7 @@ def test_a_zero_block_changes_no_feature_and_adds_no_bytes():
 # ------------------------------------------------------------------------------- what the family adds
 
 def test_the_server_calibrates_every_block_on_images_that_no_client_has():
-    config, d = replace(SMALL, rounds=3, calibrate=2, server_share=0.2), images()
+    config, d = replace(SMALL, rounds=3, calibrate=2, server_share=0.2, calibrate_at="round"), images()
     parts = fllw.holdings(config, d.train_labels)
     assert len(parts[fllw.SERVER]) == 12 and torch.cat(list(parts.values())).sort().values.tolist() == list(range(60))
     assert len(fllw.holdings(replace(config, calibrate=0), d.train_labels)[fllw.SERVER]) == 0
@@ -311,11 +309,35 @@ def test_the_server_calibrates_every_block_on_images_that_no_client_has():
     assert paid["download_bytes"] == paid["stateless_download_bytes"]  # no block is ever final
 
 
+def test_calibration_at_the_end_is_one_more_training_by_the_server():
+    config, d = replace(SMALL, rounds=4, calibrate=3, server_share=0.2), images()
+    plain, ended = [], []
+    fllw.federate(config, lambda row, state: ended.append((row["calibrated"], dict(state.server))), d)
+    assert [done for done, _ in ended] == [False, False, False, True]
+    parts = fllw.holdings(config, d.train_labels)
+    rest = torch.cat([parts[c] for c in range(3)]).sort().values
+    clients_only = d._replace(train_images=d.train_images[rest], train_labels=d.train_labels[rest])
+    fllw.federate(replace(config, calibrate=0), lambda row, state: plain.append(dict(state.server)), clients_only)
+    for (_, a), b in zip(ended[:3], plain):
+        assert all(torch.equal(t, b[name]) for name, t in a.items())
+    expected, *_ = fllw.local_train(replace(config, local_epochs=3), Stage(1, 0, 3, 1), plain[3], d.train_images[parts[fllw.SERVER]], 4, fllw.SERVER)
+    assert all(torch.equal(t, ended[3][1][name]) for name, t in expected.items())
+    with_it, without = (fllw.cost(replace(config, calibrate=c, depth_dropout=0.0), "fll", d.shape) for c in (3, 0))
+    assert with_it == without  # the clients pay nothing for it
+
+
+def test_a_calibration_that_diverges_is_left_out():
+    state = fllw.State((1, 14, 14), fllw.initial(SMALL, (1, 14, 14), 1))
+    before = dict(state.server)
+    nan = lambda stage, message, *_: ({n: t * float("nan") for n, t in message.items()}, torch.zeros(1), 0, 5)
+    assert not fllw.calibrate(replace(SMALL, calibrate=1, rounds=1), state, Stage(1, 0, 1, 1), nan, 0.0, (0, 1))
+    assert state.server.keys() == before.keys() and all(map(torch.equal, state.server.values(), before.values()))
+
 def test_alignment_is_a_loop_over_both_views():
     z, g = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
     config = replace(SMALL, align=0.7, temperature=0.3)
     expected = brute_nt_xent(z[:5], z[5:], 0.3) + 0.7 * (brute_nt_xent(z[:5], g[5:], 0.3) + brute_nt_xent(z[5:], g[:5], 0.3)) / 2
-    assert fllw.aligned(config, z, g).item() == pytest.approx(float(expected), rel=1e-5)
+    assert fllw.criterion(config, z, g).item() == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_alignment_holds_a_client_near_what_it_received():
@@ -335,7 +357,17 @@ def test_alignment_holds_a_client_near_what_it_received():
     assert held > free + 0.04
     assert both == pytest.approx(2 * loss, rel=1e-3)  # at the first step both models are the same
     plain, aligned = (fllw.macs(replace(SMALL, align=a), Stage(3, 2, 3, 1), range(3), (1, 14, 14)) for a in (0.0, 1.0))
-    assert aligned - plain == 2 * (5 * 12 * 16**2 + 2 * 5**2 * 16 + 24 * (16 + 24 + 8))  # a block and the head, two views
+    embed, block, head = 4 * 49 * 16, 5 * 12 * 16**2 + 2 * 5**2 * 16, 24 * (16 + 24 + 8)
+    assert aligned - plain == 2 * (embed + 3 * block + head)  # the received model forward, two views
+
+
+@pytest.mark.parametrize("first, kept", [(0, [0, 1]), (1, [0, 1]), (1, [1])], ids=["end-to-end", "layer-wise", "layer-wise, dropped"])
+def test_alignment_with_micro_batches_is_alignment_without(first, kept):
+    d, stage = images(), Stage(2, first, 2, 1)
+    message = fllw.broadcast(fllw.initial(SMALL, d.shape, 2), stage, kept)
+    plain, cached = (fllw.local_train(replace(SMALL, align=1.0, micro_batch=m), stage, message, d.train_images[:16], 1, 0) for m in (0, 3))
+    assert torch.allclose(plain[1], cached[1], rtol=1e-5) and len(plain[1]) == 2  # biases before a norm have no gradient
+    assert all(torch.allclose(t, cached[0][name], atol=1e-5) for name, t in plain[0].items() if name.endswith("weight"))
 
 
 def centralized(config, d):
@@ -915,7 +947,8 @@ def test_a_wrong_npz_is_refused(case, capsys, tmp_path):
     ("--calibrate 1 --server-share 0.9999 --clients 1", "training images"), ("--align -1", "--align"), ("--patience -1", "--patience"),
     ("--finetune -1", "--finetune"), ("--seeds 1 2", "--seeds"), ("--compare --seeds 1 1", "--seeds"), ("--compare --seeds 1 --seed 2", "--seeds"),
     ("--compare --seeds -1", "--seeds"), ("--compare magic", "magic"),
-    ("--device tpu9", "tpu9"), ("--device meta", "meta"), ("--compare --rounds 3 --method e2e", "stages"), *([] if torch.cuda.is_available() else [("--device cuda", "cuda")])])
+    ("--device tpu9", "tpu9"), ("--device meta", "meta"), ("--compare --rounds 3", "stages"), ("--compare --align 1", "--align"), ("--compare scratch", "--finetune"),
+    ("--compare 2-blocks --depth 3 --rounds 6", "2-blocks"), *([] if torch.cuda.is_available() else [("--device cuda", "cuda")])])
 def test_a_wrong_setting_is_refused(arguments, word, capsys, tmp_path):
     assert word in refused(capsys, tmp_path, *arguments.split())
 
@@ -982,34 +1015,36 @@ def test_the_command_leaves_a_run_folder(npz, tmp_path):
 
 
 def test_a_comparison_over_seeds(npz, tmp_path, capsys):
-    arguments = ["--compare", "raw", "random", "scratch", "centralized", "e2e", "progressive", "fll", "fdd", "e2e-bytes", "--seeds", 0, 3,
+    arguments = ["--compare", "raw", "random", "scratch", "centralized", "e2e", "fll", "fdd", "e2e-bytes", "--seeds", 0, 3,
                  "--data", npz, *TINY, "--finetune", 2, "--out", tmp_path / "run"]
     done = run_cli(*arguments)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())
     names = ["raw pixels", "random encoder", "scratch", "centralized", "end-to-end", "progressive", "FLL", "FLL + FDD 0.25"]
-    assert list(rows)[:8] == names and rows["FLL + patience 3"] == {} == rows["FLL + FDD 0.5"]
+    assert list(rows)[:8] == names and rows["FLL + patience 3"] == {} == rows["progressive"]
     assert re.search(r"^FLL \+ patience 3 +not run$", done.stdout, re.M)
     mean = lambda name, column: np.mean(rows[name][column])
     for column in ("macs", "upload_bytes"):
-        assert mean("FLL", column) < mean("progressive", column) < mean("end-to-end", column)
+        assert mean("FLL", column) < mean("end-to-end", column)
     equal, = [name for name in rows if "rounds: bytes of FLL" in name]
     per_round = mean("end-to-end", "download_bytes") / 6  # as near as a whole number of rounds comes
     assert abs(mean(equal, "download_bytes") - mean("FLL + FDD 0.25", "download_bytes")) < 0.75 * per_round
-    assert "upload_bytes" not in rows["centralized"] and set(rows["scratch"]) == {"finetuned"}
+    assert "upload_bytes" not in rows["centralized"] and set(rows["scratch"]) == {"seeds", "finetuned"} and rows["FLL"]["seeds"] == 2
     for key, seed, name in ("fll", 3, "FLL"), ("e2e", 0, "end-to-end"):  # every cell has its own run folder
         one = json.loads((tmp_path / "run" / f"{key}-seed{seed}" / "summary.json").read_text())
-        assert one[name] == {column: values[(0, 3).index(seed)] for column, values in rows[name].items()}
+        assert one == {column: values[(0, 3).index(seed)] for column, values in rows[name].items() if column != "seeds"}
     alone = run_cli("--data", npz, *TINY, "--finetune", 2, "--depth-dropout", 0, "--seed", 3, "--out", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
     for column, value in json.loads((tmp_path / "alone" / "summary.json").read_text())["FLL"].items():
         assert column == "seconds" or value == rows["FLL"][column][1], column
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
-    again = run_cli("--compare", "fll", *arguments[10:])  # reads back what is there and trains nothing
-    assert again.returncode == 0 and "round" not in again.stdout.split("Accuracy")[0]
+    again = run_cli("--compare", "fll", *arguments[9:])  # reads back all that is there and trains nothing
+    assert again.returncode == 0 and "Accuracy" + again.stdout.split("Accuracy")[1] == "Accuracy" + done.stdout.split("Accuracy")[1]
+    assert "round" not in again.stdout.split("Accuracy")[0] and json.loads((tmp_path / "run" / "config.json").read_text())["compare"] == arguments[1:9]
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
     assert "--lr" in refused(capsys, tmp_path, *arguments, "--lr", 0.5, out=None)
     assert "a comparison" in refused(capsys, tmp_path, *arguments[12:], out=None)
+    assert "row of a comparison" in refused(capsys, tmp_path, "--resume", tmp_path / "run" / "fll-seed0", out=None)
 
 
 def test_means_and_spreads_of_a_table():
