@@ -834,8 +834,8 @@ def strip(row):
     return " ".join(strips) + " ..." * (len(row["kept_blocks"]) > 3)
 
 
-def mishaps(row):
-    """What went wrong in a round, in words."""
+def remarks(row):
+    """What was out of the ordinary in a round, in words."""
     said = [f"client {c} lost" for c in row["lost"]] + [f"client {c} rejected: NaN, infinity or a wrong shape" for c in row["rejected"]]
     said += ["no sound answer: the round changes nothing"] * (row["loss"] is None)
     said += ["calibrated"] * row["calibrated"]
@@ -860,7 +860,7 @@ def train(config, dataset, out, state=None):
         print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {f'{first}-{last}' if last > first else last:>7} "
               f"{answered:>4}/{config.clients:<3} {'  none' if row['loss'] is None else format(row['loss'], '6.3f')} "
               f"{row['download_bytes'] / 1e6:>8.3f} {row['upload_bytes'] / 1e6:>7.3f} "
-              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} {left:>7.0f}  {strip(row)}{mishaps(row)}",
+              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} {left:>7.0f}  {strip(row)}{remarks(row)}",
               flush=True)
 
     encoder, history = federate(config, after, dataset, state)

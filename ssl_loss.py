@@ -98,8 +98,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         storages = lambda tree: {storage_id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
-        for key, tensor in storages(result).items():
-            if key not in self.seen and key not in storages((args, kwargs)):  # new memory, neither a view nor in place
+        for key, tensor in storages(result).items():  # new memory: not a view, not in place, not without data
+            if tensor.device.type != "meta" and key not in self.seen and key not in storages((args, kwargs)):
                 storage = tensor.untyped_storage()
                 self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
                 self.live += storage.nbytes()

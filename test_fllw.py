@@ -1129,8 +1129,9 @@ def test_ctrl_c_says_how_to_resume(npz, tmp_path):
     assert process.returncode == 130 and said.strip().splitlines() == [f"interrupted; go on with: python fllw.py --resume {tmp_path / 'run'}"]
 
 
-@pytest.mark.parametrize("extra", [["--client-failure", 0.2, "--alpha", 1], ["--method", "e2e", "--rounds", 1], ["--clients", 1]],
-                         ids=["six rounds", "one round", "one rank idles"])
+@pytest.mark.parametrize("extra", [["--client-failure", 0.2, "--alpha", 1], ["--method", "e2e", "--rounds", 1], ["--clients", 1],
+                                   ["--rounds", 3, "--calibrate", 1, "--calibrate-at", "round"]],
+                         ids=["six rounds", "one round", "one rank idles", "the first rank calibrates"])
 def test_two_processes_give_the_history_of_one(extra, npz, tmp_path):
     arguments = ["--data", npz, *TINY, *extra]
     assert run_cli(*arguments, "--out", tmp_path / "one").returncode == 0
