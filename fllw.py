@@ -355,11 +355,6 @@ def recipe(config):
     return ("digits" if config.data == "mnist5k" else "natural") if config.augment == "auto" else config.augment
 
 
-def learning_rate(config, progress):
-    """One cosine from lr to 0 over a stage; progress runs from 0 to 1 within the stage."""
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def local_train(config, stage, message, images, round, client, progress=0.0):
     """One client's work in one round.
 
@@ -382,8 +377,8 @@ def local_train(config, stage, message, images, round, client, progress=0.0):
     for step in range(config.local_epochs * steps):
         if step % steps == 0:
             order = torch.randperm(len(images), device=images.device, generator=draws).split(batch)
-        share = step / (config.local_epochs * steps)  # of this round
-        optimizer.param_groups[0]["lr"] = learning_rate(config, progress + share / stage.rounds)
+        done = progress + step / (config.local_epochs * steps) / stage.rounds  # of this stage
+        optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * done)) / 2
         with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
             optimizer.zero_grad()
             views, old = [data.two_views(images[order[step % steps]], changes, draws)], None
