@@ -689,6 +689,7 @@ ROWS = {  # of --compare: a name where nothing is pre-trained, else what changes
     "raw": "raw pixels", "random": "random encoder", "scratch": "scratch",
     "centralized": dict(method="e2e", clients=1, clients_per_round=0), "e2e": dict(method="e2e"),
     "progressive": dict(method="progressive"), "fll": {}, "fdd": dict(depth_dropout=0.25), "fdd-half": dict(depth_dropout=0.5),
+    "fdd-epochs": dict(depth_dropout=0.25, local_epochs=3),  # three times the given ones: about the compute of end-to-end
     "2-blocks": dict(blocks_per_stage=2), "align": dict(align=1.0), "patience": dict(patience=3),
     "calibrate": dict(depth_dropout=0.25, calibrate=60), "e2e-calibrate": dict(method="e2e", calibrate=60),
     # with so many rounds that a client pays as many bytes, or as much compute, as for the other method
@@ -703,8 +704,8 @@ def variants(config, shape):
         if isinstance(row, str):
             plan[key] = row, config
         elif isinstance(row, dict):
-            one = replace(fll, **row) if key != "2-blocks" or config.depth % 2 == 0 else fll
-            plan[key] = label(one), one
+            one = replace(fll, **row | {"local_epochs": row.get("local_epochs", 1) * config.local_epochs})
+            plan[key] = label(one) + f", {one.local_epochs} local epochs" * ("local_epochs" in row), one
         else:
             for k in row:
                 paid[k] = paid.get(k) or cost(replace(plan[k][1], seed=0), plan[k][1].method, shape)
@@ -734,7 +735,7 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
     """Open the run folder; nothing is written if anything is wrong.
 
     jobs: folder -> settings of every training to come. Returns what is there already: (folder -> finished row,
-    folder -> State to go on from). A comparison always goes on with what is there, a single run if asked to."""
+    folder -> State to go on from). Only a comparison has finished rows."""
     if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
         raise InputError(f"{out} exists and is not a run folder: choose another --out")
     saved = json.loads((out / "config.json").read_text()) if is_run(out) else {}
@@ -742,7 +743,7 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
         raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
     if saved and bool(saved["compare"]) != bool(comparing):
         raise InputError(f"{out} holds {'a single run' if comparing else 'a comparison'}: choose another --out")
-    if not (resume or comparing or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():
+    if not (resume or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():
         raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
     if saved and comparing:
         refuse_changes(out, saved, {**asdict(config), "seed": saved["seed"]}, but=())
@@ -753,7 +754,7 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
         if comparing and (folder / "summary.json").exists() and is_run(folder):
             refuse_changes(folder, json.loads((folder / "config.json").read_text()), asdict(one), but=())
             done[folder] = json.loads((folder / "summary.json").read_text())
-        elif (resume or comparing) and (folder / "checkpoint.pt").exists():
+        elif resume and (folder / "checkpoint.pt").exists():
             states[folder] = load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
     needed = 4 * len(jobs) * nbytes(initial(config, dataset.shape, config.depth, "meta"))
     try:
@@ -762,7 +763,7 @@ def prepare(config, dataset, jobs, out, comparing, seeds, resume):
             raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
         write(out / "probe.tmp", {})  # a folder that cannot be written is found before training
         (out / "probe.tmp").unlink(missing_ok=True)
-        if not (resume or comparing) and rank() == 0:
+        if not resume and rank() == 0:
             for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
                 (out / name).unlink(missing_ok=True)
         rows = [key for key in ROWS if key in {*comparing, *saved.get("compare", [])}]
@@ -922,54 +923,64 @@ NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs;
         "received, stateless one that keeps nothing between rounds.")
 
 
-def run(config, comparing, seeds, resume):
-    """Train one method, or the rows of a comparison with several seeds; one table of accuracy and cost.
-
-    comparing: keys of ROWS, [] for a single run. A single run also shows what needs no pre-training."""
-    out = Path(config.out or f"runs/{Path(config.data).stem}-{'compare' if comparing else f'{config.method}-seed{config.seed}'}")
+def run(config, resume):
+    """Train one method, and show it next to what needs no pre-training and to what end-to-end training costs."""
+    out = Path(config.out or f"runs/{Path(config.data).stem}-{config.method}-seed{config.seed}")
     dataset = load_dataset(config)
-    plan = variants(config, dataset.shape) if comparing else {"": (label(config), config)}
-    if comparing and comparing != list(ROWS) and (impossible := [key for key in comparing if key not in plan]):
-        raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
-    places = {(key, seed): out / f"{key}-seed{seed}" if key else out for seed in seeds for key in plan if key != "raw" or seed == seeds[0]}
-    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in places.items()
-            if not comparing or key in comparing or (folder / "summary.json").exists()}  # what is finished is shown, too
-    done, states = prepare(config, dataset, jobs, out, comparing, seeds, resume)
+    _, states = prepare(config, dataset, {out: config}, out, [], [config.seed], resume)
     stop_on_interrupt(out)
-    history = ()
-    for (key, _), folder in places.items():
-        if folder in done or folder not in jobs:
-            continue
-        one, untrained = jobs[folder], isinstance(ROWS.get(key), str)
-        folder.mkdir(exist_ok=True)
-        if comparing:
+    encoder, history = train(config, dataset, out, states.get(out))
+    if rank():
+        return
+    rows = {ROWS[key]: baseline(key, config, dataset) for key in ("raw", "random", "scratch") if key != "scratch" or config.finetune}
+    mine = rows[label(config)] = result(config, dataset, encoder, history)
+    if config.method != "e2e":
+        whole = replace(config, method="e2e")
+        rows[label(whole)] = price = cost(whole, "e2e", dataset.shape)
+        rows["ratio"] = {c: f"{price[c] / mine[c]:.1f}x" for c in price if mine.get(c)}
+    show(config, dataset, out, rows, "", history)
+    print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
+
+
+def compare(config, keys, seeds):
+    """Train the rows `keys` of ROWS with several seeds, each in a run folder of its own; one table of all that is finished."""
+    out = Path(config.out or f"runs/{Path(config.data).stem}-compare")
+    dataset = load_dataset(config)
+    plan = variants(config, dataset.shape)
+    if keys != list(ROWS) and (impossible := [key for key in keys if key not in plan]):
+        raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
+    folders = {(key, seed): out / f"{key}-seed{seed}" for seed in seeds for key in plan if key != "raw" or seed == seeds[0]}
+    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in folders.items()
+            if key in keys or (folder / "summary.json").exists()}
+    done, states = prepare(config, dataset, jobs, out, keys, seeds, resume=True)
+    stop_on_interrupt(out)
+    for (key, _), folder in folders.items():
+        if folder in jobs and folder not in done:
+            one = jobs[folder]
+            folder.mkdir(exist_ok=True)
             write(folder / "config.json", {**asdict(one), "compare": key, "seeds": [one.seed], "image_shape": dataset.shape})
-        if not untrained:
-            encoder, history = train(one, dataset, folder, states.get(folder))
-        if rank() == 0:
-            done[folder] = baseline(key, one, dataset) if untrained else result(one, dataset, encoder, history)
-            if comparing:
+            trained = None if isinstance(ROWS[key], str) else train(one, dataset, folder, states.get(folder))
+            if rank() == 0:
+                done[folder] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
                 write(folder / "summary.json", done[folder])
     if rank():
         return
-    if comparing:
-        found = {key: [done[folder] for (k, _), folder in places.items() if k == key and folder in done] for key in plan}
-        rows = {plan[key][0]: {"seeds": len(over), **{c: [row[c] for row in over] for c in over[0]}} if over else {}
-                for key, over in found.items()}
-    else:
-        rows = {ROWS[key]: baseline(key, config, dataset) for key in ("raw", "random", "scratch") if key != "scratch" or config.finetune}
-        rows[label(config)], whole = done[out], replace(config, method="e2e")
-        if config.method != "e2e":
-            rows[label(whole)] = cost(whole, "e2e", dataset.shape)
-            rows["ratio"] = {c: f"{x / done[out][c]:.1f}x" for c, x in rows[label(whole)].items() if done[out].get(c)}
+    rows = {}
+    for key, (name, _) in plan.items():
+        found = [done[folder] for (k, _), folder in folders.items() if k == key and folder in done]
+        rows[name] = {"seeds": len(found), **{c: [row[c] for row in found] for c in found[0]}} if found else {}
+    show(config, dataset, out, rows, f", mean ± standard deviation over seeds of {', '.join(map(str, seeds))}" * (len(seeds) > 1))
+    print(f"Everything is in {out}: summary.json is this table, the other folders are its rows, seed by seed")
+
+
+def show(config, dataset, out, rows, over, history=()):
+    """Print and save a table, with what micro-batches would cost."""
     if not config.micro_batch:
         for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
             rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape, history if one.patience else ())
-    over = f", mean ± standard deviation over seeds of {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n{NOTE}")
     rows.pop("ratio", None)
     write(out / "summary.json", rows)
-    print(f"Everything is in {out}: summary.json is this table" + ", encoder.pt the encoder, history.json the rounds" * (not comparing))
 
 
 def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
@@ -1090,10 +1101,10 @@ def parse(arguments=None):
         comparing, seeds, _ = (saved.pop(name) for name in ("compare", "seeds", "image_shape"))
         refuse_changes(resume, saved, given)
         given = {**saved, **given, "out": resume}
-    if comparing == [] and resume is None:
-        comparing = list(ROWS)
     config = Config(**given)
-    return run, (config, comparing or [], seeds or [config.seed], resume is not None)
+    if comparing or (comparing == [] and resume is None):
+        return compare, (config, comparing or list(ROWS), seeds or [config.seed])
+    return run, (config, resume is not None)
 
 
 def join_processes(config):
