@@ -7,7 +7,7 @@ Read it from top to bottom: configuration, model, stages and depth dropout, one 
 The method ends there; what follows is the command line: run folders, tables, benchmark, flags.
 
     python fllw.py             # train on the embedded digits, about two minutes on two CPU cores
-    python fllw.py --compare   # every method side by side
+    python fllw.py --compare e2e fll fdd   # methods side by side; without names, all of them
     python fllw.py --help
 """
 import argparse
