@@ -1099,6 +1099,17 @@ def test_flags_override_a_preset():
     assert function is fllw.compare and rows == list(fllw.ROWS) and seeds == [2, 5] and config.lr == 0.5
 
 
+def test_rows_of_a_comparison_change_what_they_name():
+    plan = fllw.variants(replace(SMALL, depth=4, rounds=8, local_epochs=2, finetune=1), (1, 14, 14))
+    assert list(plan) == list(fllw.ROWS) and len({name for name, _ in plan.values()}) == len(plan)
+    plain = plan["fll"][1]
+    assert plain == replace(SMALL, depth=4, rounds=8, local_epochs=2, finetune=1, depth_dropout=0.0)
+    assert plan["fdd-epochs"][1] == replace(plain, depth_dropout=0.25, local_epochs=6) and plan["fdd"][1].local_epochs == 2
+    price = {key: fllw.cost(plan[key][1], plan[key][1].method, (1, 14, 14)) for key in ("e2e", "fdd", "fdd-compute")}
+    a_round = price["fdd-compute"]["macs"] / plan["fdd-compute"][1].rounds
+    assert abs(price["fdd-compute"]["macs"] - price["e2e"]["macs"]) < a_round < abs(price["fdd"]["macs"] - price["e2e"]["macs"])
+
+
 def stripped(run):
     history = json.loads((run / "history.json").read_text())
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
