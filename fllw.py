@@ -110,6 +110,8 @@ def check(config):
     if config.depth % config.blocks_per_stage:
         raise InputError(f"--depth must be a multiple of --blocks-per-stage, "
                          f"{config.depth} is no multiple of {config.blocks_per_stage}")
+    if config.labels_per_class and not config.finetune:
+        raise InputError("--labels-per-class is for fine-tuning: give its epochs, --finetune 40 for instance")
     if config.clients_per_round > config.clients:
         raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), it is {config.clients_per_round}")
     if config.rounds < len(stages(config)):
@@ -672,7 +674,7 @@ def evaluate(encode, dataset):
     return {"knn": knn(train, labels[0], test, labels[1]), "linear_probe": linear_probe(train, labels[0], test, labels[1])}
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------- tables of results
 
 def label(config):
     """A method's name in tables."""
@@ -685,37 +687,144 @@ def label(config):
             + f" + patience {config.patience}" * (config.patience > 0))
 
 
-ROWS = {  # of --compare: a name where nothing is pre-trained, else what changes in FLL with the given settings
-    "raw": "raw pixels", "random": "random encoder", "scratch": "scratch",
-    "centralized": dict(method="e2e", clients=1, clients_per_round=0), "e2e": dict(method="e2e"),
-    "progressive": dict(method="progressive"), "fll": {}, "fdd": dict(depth_dropout=0.25), "fdd-half": dict(depth_dropout=0.5),
-    "fdd-epochs": dict(depth_dropout=0.25, local_epochs=3),  # three times the given ones: about the compute of end-to-end
-    "2-blocks": dict(blocks_per_stage=2), "align": dict(align=1.0), "patience": dict(patience=3),
-    "calibrate": dict(depth_dropout=0.25, calibrate=60), "e2e-calibrate": dict(method="e2e", calibrate=60),
-    # with so many rounds that a client pays as many bytes, or as much compute, as for the other method
-    "e2e-bytes": ("e2e", "fdd"), "e2e-compute": ("e2e", "fdd"), "fdd-bytes": ("fdd", "e2e"), "fdd-compute": ("fdd", "e2e")}
+COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
+    "seeds": ("seeds", 1, ".0f"),
+    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "finetuned": ("fine-tuned %", 1, ".1f"),
+    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
+    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"), "seconds": ("seconds", 1, ".0f")}
 
 
-def variants(config, shape):
-    """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
-    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
-    plan, paid = {}, {}
-    for key, row in ROWS.items():
-        if isinstance(row, str):
-            plan[key] = row, config
-        elif isinstance(row, dict):
-            one = replace(fll, **row | {"local_epochs": row.get("local_epochs", 1) * config.local_epochs})
-            plan[key] = label(one) + f", {one.local_epochs} local epochs" * ("local_epochs" in row), one
-        else:
-            for k in row:
-                paid[k] = paid.get(k) or cost(replace(plan[k][1], seed=0), plan[k][1].method, shape)
-            one, budget = (p["macs"] if "compute" in key else p["download_bytes"] + p["upload_bytes"] for p in map(paid.get, row))
-            rounds = max(len(stages(plan[row[0]][1])), round(config.rounds * budget / one))
-            plan[key] = (f"{plan[row[0]][0]}, {rounds} rounds: {key.split('-')[1]} of {plan[row[1]][0]}",
-                         replace(plan[row[0]][1], rounds=rounds))
-    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "centralized": config.clients == 1}
-    return {key: row for key, row in plan.items() if not impossible.get(key)}
+def table(rows):
+    """Rows {name: {column: number, numbers over seeds, or text}} as text, in the order of COLUMNS.
 
+    Numbers over seeds become their mean, accuracies with the standard deviation; {} is a row that was not run."""
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+
+    def cell(column, value):
+        heading, unit, form = COLUMNS[column]
+        if isinstance(value, str):
+            return value
+        values = np.atleast_1d(value) / unit
+        spread = f" ±{np.std(values, ddof=1):{form}}" if len(values) > 1 and "%" in heading else ""
+        return f"{np.mean(values):{form}}" + spread
+
+    width = 2 + max(map(len, rows))
+    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
+    for name, row in rows.items():
+        cells = [cell(c, row[c]) if c in row else "-" for c in columns] if row else ["not run"]
+        lines.append(f"{name:<{width}}" + "".join(f"{text:>13}" for text in cells))
+    return "\n".join(lines)
+
+
+def show(config, dataset, out, rows, over="", history=()):
+    """Print and save a table, with what micro-batches would cost."""
+    if not config.micro_batch:
+        for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
+            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape, history if one.patience else ())
+    print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n"
+          "Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
+          "received, stateless one that keeps nothing between rounds.")
+    rows.pop("ratio", None)
+    write(out / "summary.json", rows)
+
+
+def baseline(key, config, dataset):
+    """Accuracies of a row that needs no pre-training: raw pixels, a random encoder, supervised training from scratch."""
+    device = pick_device(config)
+    if key == "raw":
+        return evaluate(lambda images: images.to(device).flatten(1) / 255, dataset)
+    random = encoder_of(config, initial(config, dataset.shape, config.depth), dataset.shape).to(device)
+    return evaluate(lambda images: features(random, images), dataset) if key == "random" else finetuned(config, random, dataset)
+
+
+def finetuned(config, encoder, dataset):
+    """The column of fine-tuning, if it is asked for."""
+    draws = torch.Generator(pick_device(config)).manual_seed(int(rng(config, FINETUNING).integers(2**63)))
+    return {"finetuned": finetune(encoder, dataset, data.LIGHT[recipe(config)], draws, config.finetune,
+                                  labels_per_class=config.labels_per_class, amp=config.amp)} if config.finetune else {}
+
+
+def result(config, dataset, encoder, history):
+    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
+    price = cost(config, config.method, dataset.shape, history)
+    if config.clients == 1:  # no federation, nothing is sent
+        price = {name: value for name, value in price.items() if "bytes" not in name or "memory" in name}
+    return {**evaluate(lambda images: features(encoder, images), dataset), **finetuned(config, encoder, dataset), **price,
+            "seconds": sum(row["seconds"] for row in history)}
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+def write(path, content):
+    """Write tensors (.pt) or JSON under a temporary name, then rename: a reader never sees half a file."""
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(content, buffer) if path.suffix == ".pt" else buffer.write(json.dumps(content, indent=1).encode())
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+
+
+def saved_settings(folder):
+    """What config.json of a run folder says, {} where there is nothing yet; InputError for a folder that is no run's."""
+    if not folder.exists() or folder.is_dir() and all(p.suffix == ".tmp" for p in folder.iterdir()):
+        return {}
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        if asdict(Config()).keys() <= saved.keys():
+            return saved
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise InputError(f"{folder} exists and is not a run folder: choose another")
+
+
+def refuse_changes(path, saved, asked, but=()):
+    """Raise InputError if a setting that shapes the result, `but` those named, differs from the saved one."""
+    for name, value in asked.items():
+        if name not in ("device", "out", "cache", *but) and value != saved.get(name):
+            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was made with {saved.get(name)}: "
+                             "go on without that flag, or start anew with another --out")
+
+
+def load_checkpoint(folder, config, shape):
+    """The State to go on from, of this very configuration (but for device, folders and fine-tuning); None if there is none."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        settings, state = saved["config"], State(saved["shape"], saved["server"], saved["history"],
+                                                 {client: set(names) for client, names in saved["held"].items()})
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}): "
+                         "restore it, or train anew with another --out") from None
+    refuse_changes(path, settings, asdict(config), but=("finetune", "labels_per_class"))
+    if tuple(state.shape) != shape:
+        raise InputError(f"{path} was trained on images of shape {tuple(state.shape)}, --data has {shape}: train anew with another --out")
+    return state
+
+
+def open_folder(folder, config, shape, **more):
+    """Make the folder of a training, or find that it cannot be written, before anything is trained."""
+    needed = 4 * nbytes(initial(config, shape, config.depth, "meta"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < needed:
+            raise InputError(f"the disk of {folder} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
+        write(folder / "config.json", {**asdict(config), "image_shape": shape, **more})
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+
+
+def load_encoder(run):
+    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
+    saved = saved_settings(Path(run))
+    state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
+    config = Config(**{f.name: saved[f.name] for f in fields(Config)})
+    return encoder_of(config, {f"encoder.{name}": tensor for name, tensor in state.items()}, saved["image_shape"])
+
+
+# ------------------------------------------------------------------------------ what the command line can do
 
 def load_dataset(config):
     """The data set of a configuration that can be run; under torchrun one process of a machine downloads."""
@@ -729,98 +838,6 @@ def load_dataset(config):
     if dist.is_initialized() and not later:
         dist.barrier()
     return dataset
-
-
-def prepare(config, dataset, jobs, out, comparing, seeds, resume):
-    """Open the run folder; nothing is written if anything is wrong.
-
-    jobs: folder -> settings of every training to come. Returns what is there already: (folder -> finished row,
-    folder -> State to go on from). Only a comparison has finished rows."""
-    if out.exists() and not is_run(out) and not (out.is_dir() and all(p.suffix == ".tmp" for p in out.iterdir())):
-        raise InputError(f"{out} exists and is not a run folder: choose another --out")
-    saved = json.loads((out / "config.json").read_text()) if is_run(out) else {}
-    if saved and isinstance(saved["compare"], str):
-        raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
-    if saved and bool(saved["compare"]) != bool(comparing):
-        raise InputError(f"{out} holds {'a single run' if comparing else 'a comparison'}: choose another --out")
-    if not (resume or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():
-        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
-    if saved and comparing:
-        refuse_changes(out, saved, {**asdict(config), "seed": saved["seed"]}, but=())
-    done, states = {}, {}
-    for folder, one in jobs.items():
-        check(one)
-        holdings(one, dataset.train_labels)
-        if comparing and (folder / "summary.json").exists() and is_run(folder):
-            refuse_changes(folder, json.loads((folder / "config.json").read_text()), asdict(one), but=())
-            done[folder] = json.loads((folder / "summary.json").read_text())
-        elif resume and (folder / "checkpoint.pt").exists():
-            states[folder] = load_checkpoint(folder / "checkpoint.pt", one, dataset.shape)
-    needed = 4 * len(jobs) * nbytes(initial(config, dataset.shape, config.depth, "meta"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(out).free < needed:
-            raise InputError(f"the disk of {out} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
-        write(out / "probe.tmp", {})  # a folder that cannot be written is found before training
-        (out / "probe.tmp").unlink(missing_ok=True)
-        if not resume and rank() == 0:
-            for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
-                (out / name).unlink(missing_ok=True)
-        rows = [key for key in ROWS if key in {*comparing, *saved.get("compare", [])}]
-        write(out / "config.json", {**asdict(config), "compare": rows, "seeds": seeds, "image_shape": dataset.shape})
-    except OSError as error:
-        raise InputError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
-    return done, states
-
-
-def is_run(folder):
-    """Whether a folder is one that this program made."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        return {"compare", "seeds", *(f.name for f in fields(Config))} <= saved.keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def write(path, content):
-    """Write tensors (.pt) or JSON under a temporary name, then rename: a reader never sees half a file."""
-    if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(content, buffer) if path.suffix == ".pt" else buffer.write(json.dumps(content, indent=1).encode())
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-
-
-def load_checkpoint(path, config, shape):
-    """The State saved in a checkpoint of this very configuration; device and folders may differ."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state = saved["config"], State(saved["shape"], saved["server"], saved["history"],
-                                                 {client: set(names) for client, names in saved["held"].items()})
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}): "
-                         "restore it, or train anew with another --out") from None
-    refuse_changes(path, settings, asdict(config))
-    if tuple(state.shape) != shape:
-        raise InputError(f"{path} was trained on images of shape {tuple(state.shape)}, --data has {shape}: train anew with another --out")
-    return state
-
-
-def refuse_changes(path, saved, asked, but=("finetune", "labels_per_class")):
-    """Raise InputError if a setting that shapes the result differs from the saved one; `but` those named."""
-    for name, value in asked.items():
-        if name not in ("device", "out", "cache", *but) and value != saved.get(name):
-            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was made with {saved.get(name)}: "
-                             "go on without that flag, or start anew with another --out")
-
-
-def load_encoder(run):
-    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
-    settings = json.loads((Path(run) / "config.json").read_text())
-    shape, _, _ = (settings.pop(name) for name in ("image_shape", "compare", "seeds"))
-    state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
-    return encoder_of(Config(**settings), {f"encoder.{name}": tensor for name, tensor in state.items()}, shape)
 
 
 def strip(row):
@@ -865,139 +882,127 @@ def train(config, dataset, out, state=None):
     return encoder, history
 
 
-def baseline(key, config, dataset):
-    """Accuracies of a row that needs no pre-training: raw pixels, a random encoder, supervised training from scratch."""
-    device = pick_device(config)
-    if key == "raw":
-        return evaluate(lambda images: images.to(device).flatten(1) / 255, dataset)
-    random = encoder_of(config, initial(config, dataset.shape, config.depth), dataset.shape).to(device)
-    return evaluate(lambda images: features(random, images), dataset) if key == "random" else finetuned(config, random, dataset)
-
-
-def finetuned(config, encoder, dataset):
-    """The column of fine-tuning, if it is asked for."""
-    draws = torch.Generator(pick_device(config)).manual_seed(int(rng(config, FINETUNING).integers(2**63)))
-    return {"finetuned": finetune(encoder, dataset, data.LIGHT[recipe(config)], draws, config.finetune,
-                                  labels_per_class=config.labels_per_class, amp=config.amp)} if config.finetune else {}
-
-
-def result(config, dataset, encoder, history):
-    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
-    price = cost(config, config.method, dataset.shape, history)
-    if config.clients == 1:  # no federation, nothing is sent
-        price = {name: value for name, value in price.items() if "bytes" not in name or "memory" in name}
-    return {**evaluate(lambda images: features(encoder, images), dataset), **finetuned(config, encoder, dataset), **price,
-            "seconds": sum(row["seconds"] for row in history)}
-
-
-COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
-    "seeds": ("seeds", 1, ".0f"),
-    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "finetuned": ("fine-tuned %", 1, ".1f"),
-    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
-    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"), "seconds": ("seconds", 1, ".0f")}
-
-
-def table(rows):
-    """Rows {name: {column: number, numbers over seeds, or text}} as text, in the order of COLUMNS.
-
-    Numbers over seeds become their mean, accuracies with the standard deviation; {} is a row that was not run."""
-    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
-
-    def cell(column, value):
-        heading, unit, form = COLUMNS[column]
-        if isinstance(value, str):
-            return value
-        values = np.atleast_1d(value) / unit
-        spread = f" ±{np.std(values, ddof=1):{form}}" if len(values) > 1 and "%" in heading else ""
-        return f"{np.mean(values):{form}}" + spread
-
-    width = 2 + max(map(len, rows))
-    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
-    for name, row in rows.items():
-        cells = [cell(c, row[c]) if c in row else "-" for c in columns] if row else ["not run"]
-        lines.append(f"{name:<{width}}" + "".join(f"{text:>13}" for text in cells))
-    return "\n".join(lines)
-
-
-NOTE = ("Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
-        "received, stateless one that keeps nothing between rounds.")
-
-
 def run(config, resume):
     """Train one method, and show it next to what needs no pre-training and to what end-to-end training costs."""
     out = Path(config.out or f"runs/{Path(config.data).stem}-{config.method}-seed{config.seed}")
     dataset = load_dataset(config)
-    _, states = prepare(config, dataset, {out: config}, out, [], [config.seed], resume)
-    stop_on_interrupt(out)
-    encoder, history = train(config, dataset, out, states.get(out))
+    holdings(config, dataset.train_labels)
+    if saved_settings(out).get("compare"):
+        raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
+    if not resume and (out / "checkpoint.pt").exists() and not (out / "summary.json").exists():
+        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
+    state = load_checkpoint(out, config, dataset.shape) if resume else None
+    open_folder(out, config, dataset.shape)
+    if not resume and rank() == 0:
+        for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
+            (out / name).unlink(missing_ok=True)
+    stop_on_interrupt(f"python fllw.py --resume {out}")
+    encoder, history = train(config, dataset, out, state)
     if rank():
         return
-    rows = {ROWS[key]: baseline(key, config, dataset) for key in ("raw", "random", "scratch") if key != "scratch" or config.finetune}
+    rows = {name: baseline(key, config, dataset) for key, name in BASELINES.items() if key != "scratch" or config.finetune}
     mine = rows[label(config)] = result(config, dataset, encoder, history)
     if config.method != "e2e":
         whole = replace(config, method="e2e")
         rows[label(whole)] = price = cost(whole, "e2e", dataset.shape)
         rows["ratio"] = {c: f"{price[c] / mine[c]:.1f}x" for c in price if mine.get(c)}
-    show(config, dataset, out, rows, "", history)
+    show(config, dataset, out, rows, history=history)
     print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
 
 
+BASELINES = {"raw": "raw pixels", "random": "random encoder", "scratch": "scratch"}
+ROWS = (*BASELINES, "centralized", "e2e", "progressive", "fll", "fdd", "fdd-half", "fdd-epochs", "2-blocks", "align", "patience",
+        "calibrate", "e2e-calibrate", "e2e-bytes", "e2e-compute", "fdd-bytes", "fdd-compute")
+
+
+def variants(config, shape):
+    """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
+    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
+    fdd, e2e = replace(fll, depth_dropout=0.25), replace(fll, method="e2e")
+    longer = replace(fdd, local_epochs=3 * config.local_epochs)  # spends about what frozen blocks save of the compute
+    rows = {"centralized": replace(e2e, clients=1, clients_per_round=0), "e2e": e2e, "progressive": replace(fll, method="progressive"),
+            "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5), "fdd-epochs": longer,
+            "2-blocks": replace(fll, blocks_per_stage=2), "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
+            "calibrate": replace(fdd, calibrate=60), "e2e-calibrate": replace(e2e, calibrate=60)}
+    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one is longer) for key, one in rows.items()}
+    price = {key: cost(replace(rows[key], seed=0), rows[key].method, shape) for key in ("e2e", "fdd")}
+    for mine, other in (("e2e", "fdd"), ("fdd", "e2e")):  # as many rounds as the other method's bytes, or compute, pay for
+        for measure, columns in (("bytes", ("download_bytes", "upload_bytes")), ("compute", ("macs",))):
+            ratio = sum(price[other][c] for c in columns) / sum(price[mine][c] for c in columns)
+            rounds, key = max(len(stages(rows[mine])), round(config.rounds * ratio)), f"{mine}-{measure}"
+            rows[key], names[key] = replace(rows[mine], rounds=rounds), f"{names[mine]}, {rounds} rounds: {measure} of {names[other]}"
+    rows, names = {key: config for key in BASELINES} | rows, BASELINES | names
+    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "centralized": config.clients == 1}
+    return {key: (names[key], rows[key]) for key in ROWS if not impossible.get(key)}
+
+
 def compare(config, keys, seeds):
-    """Train the rows `keys` of ROWS with several seeds, each in a run folder of its own; one table of all that is finished."""
+    """Train the rows `keys` (all if empty) with several seeds, each in a run folder of its own; one table of all that is finished."""
     out = Path(config.out or f"runs/{Path(config.data).stem}-compare")
     dataset = load_dataset(config)
     plan = variants(config, dataset.shape)
-    if keys != list(ROWS) and (impossible := [key for key in keys if key not in plan]):
+    if impossible := [key for key in keys if key not in plan]:
         raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
-    folders = {(key, seed): out / f"{key}-seed{seed}" for seed in seeds for key in plan if key != "raw" or seed == seeds[0]}
-    jobs = {folder: replace(plan[key][1], seed=seed) for (key, seed), folder in folders.items()
-            if key in keys or (folder / "summary.json").exists()}
-    done, states = prepare(config, dataset, jobs, out, keys, seeds, resume=True)
-    stop_on_interrupt(out)
-    for (key, _), folder in folders.items():
-        if folder in jobs and folder not in done:
-            one = jobs[folder]
-            folder.mkdir(exist_ok=True)
-            write(folder / "config.json", {**asdict(one), "compare": key, "seeds": [one.seed], "image_shape": dataset.shape})
-            trained = None if isinstance(ROWS[key], str) else train(one, dataset, folder, states.get(folder))
-            if rank() == 0:
-                done[folder] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
-                write(folder / "summary.json", done[folder])
+    if out.is_dir() and (foreign := [p.name for p in out.iterdir() if not p.is_dir() and not p.name.startswith("summary.json")]):
+        raise InputError(f"{out} holds {foreign[0]}, so it is not the folder of a comparison: choose another --out")
+    jobs, done = [], {}
+    for seed, key in itertools.product(seeds, plan):
+        folder, one = out / f"{key}-seed{seed}", replace(plan[key][1], seed=seed)
+        saved = saved_settings(folder)
+        if saved and (folder / "summary.json").exists():
+            refuse_changes(folder, saved, asdict(one))
+            done[key, seed] = json.loads((folder / "summary.json").read_text())
+        elif key in (keys or plan) and (key != "raw" or seed == seeds[0]):
+            check(one)
+            holdings(one, dataset.train_labels)
+            jobs.append((key, one, folder, load_checkpoint(folder, one, dataset.shape)))
+    stop_on_interrupt("the same command")
+    for key, one, folder, state in jobs:
+        open_folder(folder, one, dataset.shape, compare=key)
+        trained = None if key in BASELINES else train(one, dataset, folder, state)
+        if rank() == 0:
+            done[key, one.seed] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
+            write(folder / "summary.json", done[key, one.seed])
     if rank():
         return
     rows = {}
     for key, (name, _) in plan.items():
-        found = [done[folder] for (k, _), folder in folders.items() if k == key and folder in done]
+        found = [done[key, seed] for seed in seeds if (key, seed) in done]
         rows[name] = {"seeds": len(found), **{c: [row[c] for row in found] for c in found[0]}} if found else {}
     show(config, dataset, out, rows, f", mean ± standard deviation over seeds of {', '.join(map(str, seeds))}" * (len(seeds) > 1))
     print(f"Everything is in {out}: summary.json is this table, the other folders are its rows, seed by seed")
 
 
-def show(config, dataset, out, rows, over, history=()):
-    """Print and save a table, with what micro-batches would cost."""
-    if not config.micro_batch:
-        for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
-            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape, history if one.patience else ())
-    print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n{NOTE}")
-    rows.pop("ratio", None)
-    write(out / "summary.json", rows)
+def bare_loop(config, stage, learner, views, steps):
+    """What a local step has to compute, and nothing else: no client, no augmentation, no micro-batches, no meter."""
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], fused=True)
+    for _ in range(steps):
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp):
+            with torch.set_grad_enabled(stage.first == 0):
+                tokens = learner.encoder.lower(views, stage.first)
+            z = learner.head(learner.encoder.upper(tokens, stage.first))
+        optimizer.zero_grad()
+        nt_xent(*z.chunk(2), config.temperature).backward()
+        optimizer.step()
 
 
 def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
     """Seconds of a local step at the first, middle and last stage of every method (medians of turns, taken in turn),
-    next to a bare loop over the same model with no federation around it and to the share that macs() predicts."""
+    next to a bare loop over the same model and to the share that macs() predicts; then the memory of a step."""
     check(config)
     shape = (3, 32, 32) if config.data in data.ARCHIVES else data.load(config.data).shape
-    device = pick_device(config)
-    images = torch.randint(0, 256, ((2 + steps) * config.batch_size, *shape), dtype=torch.uint8, device=device)
-    cases, spent = [], {}
+    device, batch = pick_device(config), config.batch_size
+    images = torch.randint(0, 256, ((2 + steps) * batch, *shape), dtype=torch.uint8, device=device)
+    views = data.normalise(images[:batch].repeat(2, 1, 1, 1))
+    methods = {}  # name -> [(settings, stage, kept blocks, message)]
     for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
         one = replace(config, method=method, depth_dropout=p, local_epochs=1)
         plan = stages(one)
         for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
             frozen = round((1 - p) * stage.first)  # as many as are kept on average
             kept = [b for b in range(stage.present) if b < frozen or b >= stage.first]
-            cases.append((one, stage, kept, broadcast(initial(one, shape, stage.present), stage, kept)))
+            message = broadcast(initial(one, shape, stage.present), stage, kept)
+            methods.setdefault(label(one), []).append((one, stage, kept, {name: t.to(device) for name, t in message.items()}))
 
     def clock(function, *arguments):
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -1007,57 +1012,41 @@ def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
         wait()
         return time.perf_counter() - began
 
-    def bare(one, stage, message):
-        learner = receive(one, {name: t.to(device) for name, t in message.items()}, shape, stage)
-        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], fused=True)
-        views = data.normalise(images[:config.batch_size].repeat(2, 1, 1, 1))
-        def loop(n):
-            for _ in range(n):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                    with torch.set_grad_enabled(stage.first == 0):
-                        tokens = learner.encoder.lower(views, stage.first)
-                    z = learner.head(learner.encoder.upper(tokens, stage.first))
-                optimizer.zero_grad()
-                nt_xent(*z.chunk(2), config.temperature).backward()
-                optimizer.step()
-        loop(1)
-        return clock(loop, steps) / steps
+    def measure(one, stage, kept, message):
+        """[seconds of a local step, of a bare one, of broadcasting and averaging, macs of an image]"""
+        short, long = (clock(local_train, one, stage, message, images[:n * batch], 1, 0) for n in (2, 2 + steps))
+        learner, average = receive(one, message, shape, stage), WeightedMean()
+        bare_loop(one, stage, learner, views, 1)
+        server = clock(lambda: [average.add(broadcast(message, stage, kept), 1) for _ in range(2)]) / 2
+        return (long - short) / steps, clock(bare_loop, one, stage, learner, views, steps) / steps, server, macs(one, stage, kept, shape)
 
-    for turn in range(turns):
-        for i, (one, stage, kept, message) in enumerate(cases):
-            message = {name: t.to(device) for name, t in message.items()}
-            short, long = (clock(local_train, one, stage, message, images[:n * config.batch_size], 1, 0) for n in (2, 2 + steps))
-            average = WeightedMean()
-            server = clock(lambda: [average.add(broadcast(message, stage, kept), 1) for _ in range(2)]) / 2
-            spent.setdefault(i, []).append(((long - short) / steps, bare(one, stage, message), server))
-    print(f"{config.batch_size} images a step, {shape[0]}x{shape[1]}x{shape[2]}, width {config.dim}, {config.depth} blocks, micro-batch "
-          f"{config.micro_batch or 'none'}, on {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}\n"
+    taken = [{name: [measure(*case) for case in cases] for name, cases in methods.items()} for _ in range(turns)]
+    spent = {name: np.median([turn[name] for turn in taken], 0) for name in methods}
+    whole, *_, whole_macs = spent["end-to-end"][0]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{batch} images a step, {shape[0]}x{shape[1]}x{shape[2]}, width {config.dim}, {config.depth} blocks, micro-batch "
+          f"{config.micro_batch or 'none'}, on {where}\n"
           f"{'':<18}{'stage':>6}{'s/step':>9}{'images/s':>10}{'TFLOP/s':>9}{'step/bare':>11}{'of e2e':>8}{'predicted':>11}{'server s':>10}")
-    whole, whole_macs = np.median([t[0] for t in spent[0]]), macs(*cases[0][:3], shape)
-    for name, group in itertools.groupby(range(len(cases)), lambda i: label(cases[i][0])):
-        rows = []
-        for i in group:
-            one, stage, kept, _ = cases[i]
-            step, ratio, server = np.median([(a, a / b, c) for a, b, c in spent[i]], 0)
-            work = macs(one, stage, kept, shape)
-            rows.append([step, config.batch_size / step, 2e-12 * work * config.batch_size / step, ratio, step / whole, work / whole_macs, server])
-            print("{:<18}{:>6}{:>9.3f}{:>10.0f}{:>9.2f}{:>11.2f}{:>8.2f}{:>11.2f}{:>10.4f}".format(name, stage.number, *rows[-1]))
-        if len(rows) > 1:
-            print("{:<18}{:>6}{:>9.3f}{:>10}{:>9}{:>11.2f}{:>8.2f}{:>11.2f}{:>10.4f}".format(
-                "", "mean", np.mean([r[0] for r in rows]), "", "", *np.mean(rows, 0)[3:]))
+    for name, cases in methods.items():
+        lines = [(stage.number, row) for (_, stage, _, _), row in zip(cases, spent[name])]
+        for stage, (step, bare, server, work) in lines + [("mean", spent[name].mean(0))] * (len(cases) > 1):
+            print(f"{name:<18}{stage:>6}{step:>9.3f}{batch / step:>10.0f}{2e-12 * work * batch / step:>9.2f}"
+                  f"{step / bare:>11.2f}{step / whole:>8.2f}{work / whole_macs:>11.2f}{server:>10.4f}")
     print(f"\nPeak memory of a local step, MiB (at the last stage), plain and with micro-batches of 16 images\n"
           f"{'':<18}{'batch':>6}{'plain':>9}{'ratio':>8}{'micro':>9}{'ratio':>8}")
-    for batch in batches:
-        for one, stage, kept, _ in [c for i, c in enumerate(cases) if i + 1 == len(cases) or cases[i + 1][0] is not c[0]]:
-            plain, micro = (step_memory(replace(one, batch_size=batch, micro_batch=m), stage, kept, shape) / 2**20 for m in (0, 16))
-            top = plain if one.method == "e2e" else top
-            print(f"{label(one):<18}{batch:>6}{plain:>9.0f}{top / plain:>7.1f}x{micro:>9.0f}{top / micro:>7.1f}x", flush=True)
+    for batch, (name, cases) in itertools.product(batches, methods.items()):
+        one, stage, kept, _ = cases[-1]
+        plain, micro = (step_memory(replace(one, batch_size=batch, micro_batch=m), stage, kept, shape) / 2**20 for m in (0, 16))
+        top = plain if one.method == "e2e" else top
+        print(f"{name:<18}{batch:>6}{plain:>9.0f}{top / plain:>7.1f}x{micro:>9.0f}{top / micro:>7.1f}x", flush=True)
 
 
-def stop_on_interrupt(out):
-    """Let Ctrl-C end the program at once: checkpoints are whole at any moment."""
+# ------------------------------------------------------------------------------------------- the command line
+
+def stop_on_interrupt(how):
+    """Let Ctrl-C end the program at once and say how to go on: checkpoints are whole at any moment."""
     def stop(*_):
-        print(f"\ninterrupted; go on with: python fllw.py --resume {out}", file=sys.stderr, flush=True)
+        print(f"\ninterrupted; go on with: {how}", file=sys.stderr, flush=True)
         os._exit(130)
     signal.signal(signal.SIGINT, stop)
 
@@ -1071,7 +1060,7 @@ def parse(arguments=None):
     """The command line: one flag for every field of Config, and the modes. Returns (function, its arguments)."""
     parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--compare", nargs="*", choices=ROWS, metavar="ROW", help="train several methods side by side, all or "
-                        f"the named ones, and read back what is finished: {' '.join(ROWS)}")
+                        f"the named ones; the same command goes on and reads back what is finished: {' '.join(ROWS)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="the seeds of --compare (default: --seed)")
     parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from: paper is ViT-Tiny on CIFAR-10 as in Tun et al. 2024")
@@ -1091,20 +1080,15 @@ def parse(arguments=None):
     if seeds and (comparing is None or "seed" in given or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
         raise InputError("--seeds takes the place of --seed for --compare: different whole numbers, from 0 on")
     if resume is not None:
-        if not is_run(Path(resume)):
-            raise InputError(f"{resume!r} is not a run folder: --resume takes the folder of an earlier run")
+        saved = saved_settings(Path(resume))
+        if not saved or saved.get("compare"):
+            raise InputError(f"{resume!r} is not a run folder of its own: --resume takes that of a single run, a comparison goes on by its command")
         if comparing is not None or "out" in given:
             raise InputError("--resume goes on with a run as it is, in its own folder: leave out --compare and --out")
-        saved = json.loads((Path(resume) / "config.json").read_text())
-        if isinstance(saved["compare"], str):
-            raise InputError(f"{resume} is a row of a comparison: --resume {Path(resume).parent}")
-        comparing, seeds, _ = (saved.pop(name) for name in ("compare", "seeds", "image_shape"))
-        refuse_changes(resume, saved, given)
-        given = {**saved, **given, "out": resume}
+        refuse_changes(resume, saved, given, but=("finetune", "labels_per_class"))
+        given = {**{f.name: saved[f.name] for f in fields(Config)}, **given, "out": resume}
     config = Config(**given)
-    if comparing or (comparing == [] and resume is None):
-        return compare, (config, comparing or list(ROWS), seeds or [config.seed])
-    return run, (config, resume is not None)
+    return (run, (config, resume is not None)) if comparing is None else (compare, (config, comparing, seeds or [config.seed]))
 
 
 def join_processes(config):

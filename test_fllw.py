@@ -955,7 +955,7 @@ def test_a_wrong_npz_is_refused(case, capsys, tmp_path):
     ("--head-dim 0", "--head-dim"), ("--seed -1", "--seed"), ("--rounds many", "--rounds"), ("--method magic", "magic"), ("--speed 3", "--speed"),
     ("--images 5000", "4,000"), ("--images 3 --clients 2", "4"), ("--calibrate 1 --server-share 0", "--server-share"), ("--server-share 1", "[0, 1)"),
     ("--calibrate 1 --server-share 0.9999 --clients 1", "training images"), ("--align -1", "--align"), ("--patience -1", "--patience"),
-    ("--finetune -1", "--finetune"), ("--seeds 1 2", "--seeds"), ("--compare --seeds 1 1", "--seeds"), ("--compare --seeds 1 --seed 2", "--seeds"),
+    ("--finetune -1", "--finetune"), ("--labels-per-class 5", "--finetune"), ("--seeds 1 2", "--seeds"), ("--compare --seeds 1 1", "--seeds"), ("--compare --seeds 1 --seed 2", "--seeds"),
     ("--compare --seeds -1", "--seeds"), ("--compare magic", "magic"),
     ("--device tpu9", "tpu9"), ("--device meta", "meta"), ("--compare --rounds 3", "stages"), ("--compare --align 1", "--align"), ("--compare scratch", "--finetune"),
     ("--compare 2-blocks --depth 3 --rounds 6", "2-blocks"), *([] if torch.cuda.is_available() else [("--device cuda", "cuda")])])
@@ -985,14 +985,14 @@ def test_wrong_checkpoints_are_refused(npz, capsys, tmp_path):
     assert "--compare" in refused(capsys, tmp_path, "--resume", run, "--compare", out=None)
     (run / "summary.json").unlink()
     assert "unfinished" in refused(capsys, tmp_path, "--data", npz, *TINY)
-    assert "a single run" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
+    assert "not the folder of a comparison" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
     good = (run / "checkpoint.pt").read_bytes()
     foreign = io.BytesIO()
     torch.save({"weights": torch.zeros(3)}, foreign)
     for bad in (good[:len(good) // 2], b"", b"hello", foreign.getvalue()):
         (run / "checkpoint.pt").write_bytes(bad)
         with pytest.raises(InputError, match="damaged or not a checkpoint"):
-            fllw.load_checkpoint(run / "checkpoint.pt", Config(), (1, 14, 14))
+            fllw.load_checkpoint(run, Config(), (1, 14, 14))
         assert "damaged" in refused(capsys, tmp_path, "--resume", run, out=None)
 
 
@@ -1048,11 +1048,11 @@ def test_a_comparison_over_seeds(npz, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
     again = run_here(capsys, "--compare", "fll", *arguments[9:]).split("Accuracy")  # reads back what is there and trains nothing
     assert again[1] == done.split("Accuracy")[1] and "round" not in again[0]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["compare"] == arguments[1:9]
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*")}
     assert "--lr" in refused(capsys, tmp_path, *arguments, "--lr", 0.5, out=None)
-    assert "a comparison" in refused(capsys, tmp_path, *arguments[12:], out=None)
-    assert "row of a comparison" in refused(capsys, tmp_path, "--resume", tmp_path / "run" / "fll-seed0", out=None)
+    assert "not a run" in refused(capsys, tmp_path, *arguments[12:], out=None)
+    assert "row of the comparison" in refused(capsys, tmp_path, *arguments[12:-1], tmp_path / "run" / "fll-seed0", out=None)
+    assert "a comparison" in refused(capsys, tmp_path, "--resume", tmp_path / "run" / "fll-seed0", out=None)
 
 
 def test_means_and_spreads_of_a_table():
@@ -1072,14 +1072,19 @@ def test_a_comparison_goes_on_where_it_stopped(npz, tmp_path, capsys):
     assert len(re.findall(r"^ +1/1 +\d/6 ", done, re.M)) == 0  # end-to-end was done
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert all(rows[name]["knn"] for name in ("end-to-end", "progressive", "FLL"))
-    assert run_here(capsys, "--resume", tmp_path / "run").split("Accuracy")[1] == done.split("Accuracy")[1]
+    assert run_here(capsys, *arguments).split("Accuracy")[1] == done.split("Accuracy")[1]
+    assert "not a run" in refused(capsys, tmp_path, "--resume", tmp_path / "run", out=None)
 
 
 def test_the_benchmark_prints_its_tables(npz, capsys):
     fllw.benchmark(replace(SMALL, data=str(npz), depth=2), turns=1, steps=1, batches=(8, 16))
     speed, memory = capsys.readouterr().out.split("Peak memory")
-    assert [line.split()[0] for line in speed.splitlines()[2:] if line.strip()] == \
-        "end-to-end progressive progressive mean FLL FLL mean FLL FLL mean".split()
+    rows = [(line[:18].strip(), *line[18:].split()) for line in speed.splitlines()[2:] if line.strip()]
+    names = ["progressive", "FLL", f"FLL + FDD {SMALL.depth_dropout:g}"]
+    assert [row[:2] for row in rows] == [("end-to-end", "1")] + [(name, stage) for name in names for stage in ("1", "2", "mean")]
+    assert rows[0][6:8] == ("1.00", "1.00")
+    for i in (1, 4, 7):  # the mean over the stages, of the predicted share
+        assert float(rows[i + 2][7]) == pytest.approx((float(rows[i][7]) + float(rows[i + 1][7])) / 2, abs=0.011)
     assert [int(line[18:24]) for line in memory.splitlines()[2:]] == [8] * 4 + [16] * 4
     assert fllw.parse(["--benchmark", "--depth", "2"]) == (fllw.benchmark, (replace(Config(), depth=2),))
 
@@ -1096,7 +1101,7 @@ def test_flags_override_a_preset():
     function, (config, resume) = fllw.parse("--preset paper --depth 6 --seed 3".split())
     assert function is fllw.run and config == replace(Config(**fllw.PRESETS["paper"]), depth=6, seed=3) and not resume
     function, (config, rows, seeds) = fllw.parse("--compare --seeds 2 5 --lr 0.5".split())
-    assert function is fllw.compare and rows == list(fllw.ROWS) and seeds == [2, 5] and config.lr == 0.5
+    assert function is fllw.compare and rows == [] and seeds == [2, 5] and config.lr == 0.5
 
 
 def test_rows_of_a_comparison_change_what_they_name():
