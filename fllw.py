@@ -678,11 +678,9 @@ def evaluate(encode, dataset):
 
 def label(config):
     """A method's name in tables."""
-    if config.method != "fll":
-        name = "progressive" if config.method == "progressive" else "end-to-end" if config.clients > 1 else "centralized"
-    else:
-        name = ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
-                + f" + FDD {config.depth_dropout:g}" * (config.depth_dropout > 0))
+    fll = ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
+           + f" + FDD {config.depth_dropout:g}" * (config.depth_dropout > 0))
+    name = {"fll": fll, "progressive": "progressive", "e2e": "end-to-end" if config.clients > 1 else "centralized"}[config.method]
     return (name + f" + calibration {config.calibrate}" * (config.calibrate > 0) + f" + alignment {config.align:g}" * (config.align > 0)
             + f" + patience {config.patience}" * (config.patience > 0))
 
@@ -769,13 +767,11 @@ def saved_settings(folder):
     """What config.json of a run folder says, {} where there is nothing yet; InputError for a folder that is no run's."""
     if not folder.exists() or folder.is_dir() and all(p.suffix == ".tmp" for p in folder.iterdir()):
         return {}
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         saved = json.loads((folder / "config.json").read_text())
         if asdict(Config()).keys() <= saved.keys():
             return saved
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise InputError(f"{folder} exists and is not a run folder: choose another")
+    raise InputError(f"{folder} exists and is not a run folder: choose another --out (a comparison goes on by its own command)")
 
 
 def refuse_changes(path, saved, asked, but=()):
@@ -810,7 +806,7 @@ def open_folder(folder, config, shape, **more):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
-            raise InputError(f"the disk of {folder} is too full, a run needs {needed / 1e6:.0f} MB: choose another --out")
+            raise InputError(f"the disk of {folder} is too full, a run needs {needed / 1e6:.0f} MB: free some or choose another --out")
         write(folder / "config.json", {**asdict(config), "image_shape": shape, **more})
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
@@ -889,7 +885,7 @@ def run(config, resume):
     holdings(config, dataset.train_labels)
     if saved_settings(out).get("compare"):
         raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
-    if not resume and (out / "checkpoint.pt").exists() and not (out / "summary.json").exists():
+    if not (resume or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():  # below, summary.json goes last
         raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
     state = load_checkpoint(out, config, dataset.shape) if resume else None
     open_folder(out, config, dataset.shape)
@@ -931,7 +927,7 @@ def variants(config, shape):
             ratio = sum(price[other][c] for c in columns) / sum(price[mine][c] for c in columns)
             rounds, key = max(len(stages(rows[mine])), round(config.rounds * ratio)), f"{mine}-{measure}"
             rows[key], names[key] = replace(rows[mine], rounds=rounds), f"{names[mine]}, {rounds} rounds: {measure} of {names[other]}"
-    rows, names = {key: config for key in BASELINES} | rows, BASELINES | names
+    rows, names = dict.fromkeys(BASELINES, config) | rows, BASELINES | names
     impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "centralized": config.clients == 1}
     return {key: (names[key], rows[key]) for key in ROWS if not impossible.get(key)}
 
@@ -943,17 +939,21 @@ def compare(config, keys, seeds):
     plan = variants(config, dataset.shape)
     if impossible := [key for key in keys if key not in plan]:
         raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
-    if out.is_dir() and (foreign := [p.name for p in out.iterdir() if not p.is_dir() and not p.name.startswith("summary.json")]):
-        raise InputError(f"{out} holds {foreign[0]}, so it is not the folder of a comparison: choose another --out")
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    for path in [p for p in there if not p.name.startswith("summary.json")] or there:  # all are rows, made with these settings
+        saved = saved_settings(path)
+        key, seed = saved.get("compare"), saved.get("seed")
+        if saved and (key not in plan or path.name != f"{key}-seed{seed}"):
+            raise InputError(f"{path} is not a row of this comparison: choose another --out")
+        refuse_changes(path, saved, asdict(replace(plan[key][1], seed=seed)) if saved else {})
     jobs, done = [], {}
     for seed, key in itertools.product(seeds, plan):
         folder, one = out / f"{key}-seed{seed}", replace(plan[key][1], seed=seed)
-        saved = saved_settings(folder)
-        if saved and (folder / "summary.json").exists():
-            refuse_changes(folder, saved, asdict(one))
+        if key == "raw" and seed != seeds[0]:  # draws nothing
+            continue
+        if (folder / "summary.json").exists():
             done[key, seed] = json.loads((folder / "summary.json").read_text())
-        elif key in (keys or plan) and (key != "raw" or seed == seeds[0]):
-            check(one)
+        elif key in (keys or plan):
             holdings(one, dataset.train_labels)
             jobs.append((key, one, folder, load_checkpoint(folder, one, dataset.shape)))
     stop_on_interrupt("the same command")
@@ -999,8 +999,7 @@ def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
         one = replace(config, method=method, depth_dropout=p, local_epochs=1)
         plan = stages(one)
         for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
-            frozen = round((1 - p) * stage.first)  # as many as are kept on average
-            kept = [b for b in range(stage.present) if b < frozen or b >= stage.first]
+            kept = [*range(round((1 - p) * stage.first)), *range(stage.first, stage.present)]  # as many as on average
             message = broadcast(initial(one, shape, stage.present), stage, kept)
             methods.setdefault(label(one), []).append((one, stage, kept, {name: t.to(device) for name, t in message.items()}))
 
@@ -1013,25 +1012,28 @@ def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
         return time.perf_counter() - began
 
     def measure(one, stage, kept, message):
-        """[seconds of a local step, of a bare one, of broadcasting and averaging, macs of an image]"""
-        short, long = (clock(local_train, one, stage, message, images[:n * batch], 1, 0) for n in (2, 2 + steps))
+        """[seconds of a local step, as a multiple of a bare one, seconds of broadcasting and averaging, macs of an image]"""
         learner, average = receive(one, message, shape, stage), WeightedMean()
-        bare_loop(one, stage, learner, views, 1)
+        local, bare = [], []
+        for n in (2, 2 + steps):
+            local.append(clock(local_train, one, stage, message, images[:n * batch], 1, 0))
+            bare.append(clock(bare_loop, one, stage, learner, views, n))
+        step, least = (local[1] - local[0]) / steps, (bare[1] - bare[0]) / steps
         server = clock(lambda: [average.add(broadcast(message, stage, kept), 1) for _ in range(2)]) / 2
-        return (long - short) / steps, clock(bare_loop, one, stage, learner, views, steps) / steps, server, macs(one, stage, kept, shape)
+        return step, step / least, server, macs(one, stage, kept, shape)
 
     taken = [{name: [measure(*case) for case in cases] for name, cases in methods.items()} for _ in range(turns)]
     spent = {name: np.median([turn[name] for turn in taken], 0) for name in methods}
-    whole, *_, whole_macs = spent["end-to-end"][0]
+    whole, *_, whole_macs = next(iter(spent.values()))[0]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{batch} images a step, {shape[0]}x{shape[1]}x{shape[2]}, width {config.dim}, {config.depth} blocks, micro-batch "
           f"{config.micro_batch or 'none'}, on {where}\n"
           f"{'':<18}{'stage':>6}{'s/step':>9}{'images/s':>10}{'TFLOP/s':>9}{'step/bare':>11}{'of e2e':>8}{'predicted':>11}{'server s':>10}")
     for name, cases in methods.items():
         lines = [(stage.number, row) for (_, stage, _, _), row in zip(cases, spent[name])]
-        for stage, (step, bare, server, work) in lines + [("mean", spent[name].mean(0))] * (len(cases) > 1):
+        for stage, (step, ratio, server, work) in lines + [("mean", spent[name].mean(0))] * (len(cases) > 1):
             print(f"{name:<18}{stage:>6}{step:>9.3f}{batch / step:>10.0f}{2e-12 * work * batch / step:>9.2f}"
-                  f"{step / bare:>11.2f}{step / whole:>8.2f}{work / whole_macs:>11.2f}{server:>10.4f}")
+                  f"{ratio:>11.2f}{step / whole:>8.2f}{work / whole_macs:>11.2f}{server:>10.4f}")
     print(f"\nPeak memory of a local step, MiB (at the last stage), plain and with micro-batches of 16 images\n"
           f"{'':<18}{'batch':>6}{'plain':>9}{'ratio':>8}{'micro':>9}{'ratio':>8}")
     for batch, (name, cases) in itertools.product(batches, methods.items()):
@@ -1066,17 +1068,18 @@ def parse(arguments=None):
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from: paper is ViT-Tiny on CIFAR-10 as in Tun et al. 2024")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
     for f in fields(Config):
-        form = {"type": type(f.default), "choices": f.metadata.get("choices")}
-        form = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else form
+        form = ({"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else
+                {"type": type(f.default), "choices": f.metadata.get("choices")})
         parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
     given = vars(parser.parse_args(arguments))
     given = {**PRESETS.get(given.pop("preset", None), {}), **given}
     comparing, seeds, resume = given.pop("compare", None), given.pop("seeds", None), given.pop("resume", None)
     if given.pop("benchmark", False):
+        if comparing is not None or seeds or resume:
+            raise InputError("--benchmark trains nothing: leave out --compare, --seeds and --resume")
         return benchmark, (Config(**given),)
-    for name in {"method", "depth_dropout", "blocks_per_stage", "calibrate", "align", "patience"} & given.keys():
-        if comparing is not None:
-            raise InputError(f"--compare sets --{name.replace('_', '-')} itself, row by row: leave it out")
+    if comparing is not None and (own := {"method", "depth_dropout", "blocks_per_stage", "calibrate", "align", "patience"} & given.keys()):
+        raise InputError(f"--compare sets --{min(own).replace('_', '-')} itself, row by row: leave it out")
     if seeds and (comparing is None or "seed" in given or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
         raise InputError("--seeds takes the place of --seed for --compare: different whole numbers, from 0 on")
     if resume is not None:
@@ -1116,7 +1119,7 @@ def main(arguments=None):
         print(f"fllw.py: {error}; the rounds before are saved: try anew with another --out and a smaller --lr", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"fllw.py: {error}; a checkpoint written before is whole: --resume goes on from it", file=sys.stderr)
+        print(f"fllw.py: {error}; what was saved before is whole: --resume, or a comparison's own command, goes on", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)

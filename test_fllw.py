@@ -956,7 +956,7 @@ def test_a_wrong_npz_is_refused(case, capsys, tmp_path):
     ("--images 5000", "4,000"), ("--images 3 --clients 2", "4"), ("--calibrate 1 --server-share 0", "--server-share"), ("--server-share 1", "[0, 1)"),
     ("--calibrate 1 --server-share 0.9999 --clients 1", "training images"), ("--align -1", "--align"), ("--patience -1", "--patience"),
     ("--finetune -1", "--finetune"), ("--labels-per-class 5", "--finetune"), ("--seeds 1 2", "--seeds"), ("--compare --seeds 1 1", "--seeds"), ("--compare --seeds 1 --seed 2", "--seeds"),
-    ("--compare --seeds -1", "--seeds"), ("--compare magic", "magic"),
+    ("--compare --seeds -1", "--seeds"), ("--compare magic", "magic"), ("--benchmark --compare", "--benchmark"),
     ("--device tpu9", "tpu9"), ("--device meta", "meta"), ("--compare --rounds 3", "stages"), ("--compare --align 1", "--align"), ("--compare scratch", "--finetune"),
     ("--compare 2-blocks --depth 3 --rounds 6", "2-blocks"), *([] if torch.cuda.is_available() else [("--device cuda", "cuda")])])
 def test_a_wrong_setting_is_refused(arguments, word, capsys, tmp_path):
@@ -985,7 +985,7 @@ def test_wrong_checkpoints_are_refused(npz, capsys, tmp_path):
     assert "--compare" in refused(capsys, tmp_path, "--resume", run, "--compare", out=None)
     (run / "summary.json").unlink()
     assert "unfinished" in refused(capsys, tmp_path, "--data", npz, *TINY)
-    assert "not the folder of a comparison" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
+    assert "not a run folder" in refused(capsys, tmp_path, "--compare", "--data", npz, *TINY)
     good = (run / "checkpoint.pt").read_bytes()
     foreign = io.BytesIO()
     torch.save({"weights": torch.zeros(3)}, foreign)
@@ -1053,6 +1053,13 @@ def test_a_comparison_over_seeds(npz, tmp_path, capsys):
     assert "not a run" in refused(capsys, tmp_path, *arguments[12:], out=None)
     assert "row of the comparison" in refused(capsys, tmp_path, *arguments[12:-1], tmp_path / "run" / "fll-seed0", out=None)
     assert "a comparison" in refused(capsys, tmp_path, "--resume", tmp_path / "run" / "fll-seed0", out=None)
+    assert "--lr" in refused(capsys, tmp_path, "--compare", "fdd-half", "--seed", 9, *arguments[12:], "--lr", 0.5, out=None)  # no row is there yet
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run" / "fll-seed0").rename(tmp_path / "other" / "e2e-seed0")
+    assert "not a row" in refused(capsys, tmp_path, *arguments[:-1], tmp_path / "other", out=None)
+    (tmp_path / "notes" / "letters").mkdir(parents=True)
+    (tmp_path / "notes" / "letters" / "one.txt").write_text("dear")
+    assert "not a run folder" in refused(capsys, tmp_path, *arguments[:-1], tmp_path / "notes", out=None)
 
 
 def test_means_and_spreads_of_a_table():
@@ -1077,11 +1084,11 @@ def test_a_comparison_goes_on_where_it_stopped(npz, tmp_path, capsys):
 
 
 def test_the_benchmark_prints_its_tables(npz, capsys):
-    fllw.benchmark(replace(SMALL, data=str(npz), depth=2), turns=1, steps=1, batches=(8, 16))
+    fllw.benchmark(replace(SMALL, data=str(npz), depth=2, clients=1), turns=1, steps=1, batches=(8, 16))
     speed, memory = capsys.readouterr().out.split("Peak memory")
     rows = [(line[:18].strip(), *line[18:].split()) for line in speed.splitlines()[2:] if line.strip()]
     names = ["progressive", "FLL", f"FLL + FDD {SMALL.depth_dropout:g}"]
-    assert [row[:2] for row in rows] == [("end-to-end", "1")] + [(name, stage) for name in names for stage in ("1", "2", "mean")]
+    assert [row[:2] for row in rows] == [("centralized", "1")] + [(name, stage) for name in names for stage in ("1", "2", "mean")]
     assert rows[0][6:8] == ("1.00", "1.00")
     for i in (1, 4, 7):  # the mean over the stages, of the predicted share
         assert float(rows[i + 2][7]) == pytest.approx((float(rows[i][7]) + float(rows[i + 1][7])) / 2, abs=0.011)
