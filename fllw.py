@@ -907,20 +907,21 @@ def run(config, resume):
 
 
 BASELINES = {"raw": "raw pixels", "random": "random encoder", "scratch": "scratch"}
-ROWS = (*BASELINES, "centralized", "e2e", "progressive", "fll", "fdd", "fdd-half", "fdd-epochs", "2-blocks", "align", "patience",
-        "calibrate", "e2e-calibrate", "e2e-bytes", "e2e-compute", "fdd-bytes", "fdd-compute")
+ROWS = (*BASELINES, "centralized", "e2e", "progressive", "fll", "fdd", "fdd-half", "fdd-epochs", "2-blocks", "2-blocks-epochs",
+        "align", "patience", "calibrate", "e2e-calibrate", "e2e-bytes", "e2e-compute", "fdd-bytes", "fdd-compute")
 
 
 def variants(config, shape):
     """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
     fdd, e2e = replace(fll, depth_dropout=0.25), replace(fll, method="e2e")
-    longer = replace(fdd, local_epochs=3 * config.local_epochs)  # spends about what frozen blocks save of the compute
     rows = {"centralized": replace(e2e, clients=1, clients_per_round=0), "e2e": e2e, "progressive": replace(fll, method="progressive"),
-            "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5), "fdd-epochs": longer,
-            "2-blocks": replace(fll, blocks_per_stage=2), "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
+            "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
+            "fdd-epochs": replace(fdd, local_epochs=3 * config.local_epochs),  # spends about what frozen blocks save of the compute
+            "2-blocks": replace(fll, blocks_per_stage=2),
+            "2-blocks-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * config.local_epochs), "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
             "calibrate": replace(fdd, calibrate=60), "e2e-calibrate": replace(e2e, calibrate=60)}
-    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one is longer) for key, one in rows.items()}
+    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one.local_epochs != config.local_epochs) for key, one in rows.items()}
     price = {key: cost(replace(rows[key], seed=0), rows[key].method, shape) for key in ("e2e", "fdd")}
     for mine, other in (("e2e", "fdd"), ("fdd", "e2e")):  # as many rounds as the other method's bytes, or compute, pay for
         for measure, columns in (("bytes", ("download_bytes", "upload_bytes")), ("compute", ("macs",))):
@@ -928,7 +929,7 @@ def variants(config, shape):
             rounds, key = max(len(stages(rows[mine])), round(config.rounds * ratio)), f"{mine}-{measure}"
             rows[key], names[key] = replace(rows[mine], rounds=rounds), f"{names[mine]}, {rounds} rounds: {measure} of {names[other]}"
     rows, names = dict.fromkeys(BASELINES, config) | rows, BASELINES | names
-    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "centralized": config.clients == 1}
+    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "2-blocks-epochs": config.depth % 2, "centralized": config.clients == 1}
     return {key: (names[key], rows[key]) for key in ROWS if not impossible.get(key)}
 
 

@@ -1116,6 +1116,8 @@ def test_rows_of_a_comparison_change_what_they_name():
     assert list(plan) == list(fllw.ROWS) and len({name for name, _ in plan.values()}) == len(plan)
     plain = plan["fll"][1]
     assert plain == replace(SMALL, depth=4, rounds=8, local_epochs=2, finetune=1, depth_dropout=0.0)
+    assert plan["2-blocks-epochs"] == ("FLL, 2 blocks a stage + FDD 0.25, 4 local epochs",
+                                       replace(plain, depth_dropout=0.25, blocks_per_stage=2, local_epochs=4))
     assert plan["fdd-epochs"][1] == replace(plain, depth_dropout=0.25, local_epochs=6) and plan["fdd"][1].local_epochs == 2
     price = {key: fllw.cost(plan[key][1], plan[key][1].method, (1, 14, 14)) for key in ("e2e", "fdd", "fdd-compute")}
     a_round = price["fdd-compute"]["macs"] / plan["fdd-compute"][1].rounds
