@@ -4,7 +4,7 @@ Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Laye
 (arXiv 2309.05213); resource accounting after Tun et al. 2024, "LW-FedSSL" (arXiv 2401.11647).
 
 Read it from top to bottom: configuration, model, stages and depth dropout, one client, the server, cost, evaluation.
-The method ends there; what follows is the command line: run folders, tables, benchmark, flags.
+The method ends there; what follows serves the command line: checks, tables, run folders, comparisons, benchmark, flags.
 
     python fllw.py             # train on the embedded digits, about two minutes on two CPU cores
     python fllw.py --compare e2e fll fdd   # methods side by side; without names, all of them
@@ -91,44 +91,6 @@ class Config:
 PRESETS = {"paper": dict(  # the setting of Tun et al. 2024
     data="cifar10", dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
     clients=10, rounds=180, local_epochs=3, batch_size=512, finetune=40)}
-
-
-def check(config):
-    """Raise InputError, one sentence, for settings that cannot be run."""
-    for f in fields(config):
-        value, low, choices = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("choices")
-        flag = "--" + f.name.replace("_", "-")
-        if choices and value not in choices:
-            raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
-        if low is not None and not (low <= value < math.inf):
-            raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
-    for name in ("depth_dropout", "client_failure", "first_share", "server_share"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1), it is {getattr(config, name):g}")
-    if config.dim % config.heads:
-        raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
-    if config.depth % config.blocks_per_stage:
-        raise InputError(f"--depth must be a multiple of --blocks-per-stage, "
-                         f"{config.depth} is no multiple of {config.blocks_per_stage}")
-    if config.labels_per_class and not config.finetune:
-        raise InputError("--labels-per-class is for fine-tuning: give its epochs, --finetune 40 for instance")
-    if config.clients_per_round > config.clients:
-        raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), it is {config.clients_per_round}")
-    if config.rounds < len(stages(config)):
-        raise InputError(f"--rounds must be at least the number of stages ({len(stages(config))}), it is {config.rounds}")
-    pick_device(config)
-
-
-def pick_device(config):
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(config.device).type not in ("cpu", "cuda"):
-            raise ValueError
-        return torch.empty(0, device=config.device).device
-    except (ValueError, RuntimeError, AssertionError):
-        raise InputError(f"there is no device {config.device!r} here: use cpu"
-                         + ", cuda" * torch.cuda.is_available() + " or auto") from None
 
 
 def rank():
@@ -674,6 +636,46 @@ def evaluate(encode, dataset):
     return {"knn": knn(train, labels[0], test, labels[1]), "linear_probe": linear_probe(train, labels[0], test, labels[1])}
 
 
+# ------------------------------------------------------------------------------------- settings that can be run
+
+def check(config):
+    """Raise InputError, one sentence, for settings that cannot be run."""
+    for f in fields(config):
+        value, low, choices = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
+        if low is not None and not (low <= value < math.inf):
+            raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
+    for name in ("depth_dropout", "client_failure", "first_share", "server_share"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1), it is {getattr(config, name):g}")
+    if config.dim % config.heads:
+        raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
+    if config.depth % config.blocks_per_stage:
+        raise InputError(f"--depth must be a multiple of --blocks-per-stage, "
+                         f"{config.depth} is no multiple of {config.blocks_per_stage}")
+    if config.labels_per_class and not config.finetune:
+        raise InputError("--labels-per-class is for fine-tuning: give its epochs, --finetune 40 for instance")
+    if config.clients_per_round > config.clients:
+        raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), it is {config.clients_per_round}")
+    if config.rounds < len(stages(config)):
+        raise InputError(f"--rounds must be at least the number of stages ({len(stages(config))}), it is {config.rounds}")
+    pick_device(config)
+
+
+def pick_device(config):
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.device(config.device).type not in ("cpu", "cuda"):
+            raise ValueError
+        return torch.empty(0, device=config.device).device
+    except (ValueError, RuntimeError, AssertionError):
+        raise InputError(f"there is no device {config.device!r} here: use cpu"
+                         + ", cuda" * torch.cuda.is_available() + " or auto") from None
+
+
 # ------------------------------------------------------------------------------------------- tables of results
 
 def label(config):
@@ -914,22 +916,25 @@ ROWS = (*BASELINES, "centralized", "e2e", "progressive", "fll", "fdd", "fdd-half
 def variants(config, shape):
     """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
-    fdd, e2e = replace(fll, depth_dropout=0.25), replace(fll, method="e2e")
-    rows = {"centralized": replace(e2e, clients=1, clients_per_round=0), "e2e": e2e, "progressive": replace(fll, method="progressive"),
-            "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
-            "fdd-epochs": replace(fdd, local_epochs=3 * config.local_epochs),  # spends about what frozen blocks save of the compute
-            "2-blocks": replace(fll, blocks_per_stage=2),
-            "2-blocks-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * config.local_epochs), "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
-            "calibrate": replace(fdd, calibrate=60), "e2e-calibrate": replace(e2e, calibrate=60)}
-    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one.local_epochs != config.local_epochs) for key, one in rows.items()}
+    fdd, e2e, epochs = replace(fll, depth_dropout=0.25), replace(fll, method="e2e"), config.local_epochs
+    rows = {
+        **dict.fromkeys(BASELINES, config),
+        "centralized": replace(e2e, clients=1, clients_per_round=0), "e2e": e2e, "progressive": replace(fll, method="progressive"),
+        "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
+        "fdd-epochs": replace(fdd, local_epochs=3 * epochs),  # spends most of the compute that frozen blocks save
+        "2-blocks": replace(fll, blocks_per_stage=2),
+        "2-blocks-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * epochs),  # likewise
+        "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
+        "calibrate": replace(fdd, calibrate=60), "e2e-calibrate": replace(e2e, calibrate=60)}
+    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one.local_epochs != epochs) for key, one in rows.items()} | BASELINES
     price = {key: cost(replace(rows[key], seed=0), rows[key].method, shape) for key in ("e2e", "fdd")}
     for mine, other in (("e2e", "fdd"), ("fdd", "e2e")):  # as many rounds as the other method's bytes, or compute, pay for
         for measure, columns in (("bytes", ("download_bytes", "upload_bytes")), ("compute", ("macs",))):
             ratio = sum(price[other][c] for c in columns) / sum(price[mine][c] for c in columns)
             rounds, key = max(len(stages(rows[mine])), round(config.rounds * ratio)), f"{mine}-{measure}"
             rows[key], names[key] = replace(rows[mine], rounds=rounds), f"{names[mine]}, {rounds} rounds: {measure} of {names[other]}"
-    rows, names = dict.fromkeys(BASELINES, config) | rows, BASELINES | names
-    impossible = {"scratch": config.finetune == 0, "2-blocks": config.depth % 2, "2-blocks-epochs": config.depth % 2, "centralized": config.clients == 1}
+    odd = config.depth % 2 > 0
+    impossible = {"scratch": config.finetune == 0, "2-blocks": odd, "2-blocks-epochs": odd, "centralized": config.clients == 1}
     return {key: (names[key], rows[key]) for key in ROWS if not impossible.get(key)}
 
 
