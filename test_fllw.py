@@ -1057,9 +1057,6 @@ def test_a_comparison_over_seeds(npz, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "run" / "fll-seed0").rename(tmp_path / "other" / "e2e-seed0")
     assert "not a row" in refused(capsys, tmp_path, *arguments[:-1], tmp_path / "other", out=None)
-    (tmp_path / "notes" / "letters").mkdir(parents=True)
-    (tmp_path / "notes" / "letters" / "one.txt").write_text("dear")
-    assert "not a run folder" in refused(capsys, tmp_path, *arguments[:-1], tmp_path / "notes", out=None)
 
 
 def test_means_and_spreads_of_a_table():
