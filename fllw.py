@@ -947,11 +947,11 @@ def compare(config, keys, seeds):
         raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
     there = sorted(out.iterdir()) if out.is_dir() else []
     for path in [p for p in there if not p.name.startswith("summary.json")] or there:  # all are rows, made with these settings
-        saved = saved_settings(path)
-        key, seed = saved.get("compare"), saved.get("seed")
-        if saved and (key not in plan or path.name != f"{key}-seed{seed}"):
-            raise InputError(f"{path} is not a row of this comparison: choose another --out")
-        refuse_changes(path, saved, asdict(replace(plan[key][1], seed=seed)) if saved else {})
+        if saved := saved_settings(path):
+            key, seed = saved.get("compare"), saved["seed"]
+            if key not in plan or path.name != f"{key}-seed{seed}":
+                raise InputError(f"{path} is not a row of this comparison: choose another --out")
+            refuse_changes(path, saved, asdict(replace(plan[key][1], seed=seed)))
     jobs, done = [], {}
     for seed, key in itertools.product(seeds, plan):
         folder, one = out / f"{key}-seed{seed}", replace(plan[key][1], seed=seed)
