@@ -1,8 +1,10 @@
-"""Images for federated self-supervised learning: loading, splitting among clients, and making two views.
+"""Images for federated self-supervised learning: loading, splitting among clients, two views.
 
-Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns a batch into floats.
-Recipes follow SimCLR (Chen et al. 2020, appendix A) for natural images and small affine maps for digits.
+Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns it into floats.
+Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small warps for digits.
 """
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import math
@@ -19,12 +21,12 @@ import torch.nn.functional as F
 
 
 class InputError(Exception):
-    """The user asked for something that cannot be done; the message is one sentence saying what would be right."""
+    """The user asked for what cannot be done; the message is one sentence that says what can."""
 
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
-    train_labels: torch.Tensor  # int64 [N]; clients never see them: they serve partition() and the evaluation
+    train_labels: torch.Tensor  # int64 [N]; clients never see them, partition and evaluation do
     test_images: torch.Tensor   # uint8 [M, C, H, W]
     test_labels: torch.Tensor   # int64 [M]
 
@@ -37,14 +39,23 @@ class Dataset(NamedTuple):
     def classes(self):
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
+    def digest(self):
+        """SHA-256 over the shapes and contents of all four arrays, as hexadecimal text."""
+        result = hashlib.sha256()
+        for tensor in self:
+            result.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            result.update(tensor.contiguous().numpy())
+        return result.hexdigest()
 
-# ---------------------------------------------------------------------------------------------- loading
+
+# ------------------------------------------------------------------------------------------ loading
 
 MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Archive(NamedTuple):
-    """An official CIFAR archive in the binary format: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
+    """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
     url: str
     size: int  # bytes
     sha256: str
@@ -67,10 +78,10 @@ ARCHIVES = {
 
 
 def load(name, cache="~/.cache/fllw", images=0):
-    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once into `cache`), or a FILE.npz.
+    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
 
-    images: keep only so many training images, drawn once and for all at random; 0 means all. Raises InputError when
-    there is no such data set or its content is not what it should be."""
+    images: keep so many training images, the same random ones every time; 0 means all. Raises
+    InputError when there is no such data set or its content is not what it should be."""
     if name == "mnist5k":
         dataset = load_npz(MNIST5K)
     elif name in ARCHIVES:
@@ -78,82 +89,116 @@ def load(name, cache="~/.cache/fllw", images=0):
     elif str(name).endswith(".npz"):
         dataset = load_npz(name)
     else:
-        raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the path of an .npz file")
-    if images > len(dataset.train_images):
-        raise InputError(f"{name} has {len(dataset.train_images):,} training images: --images must be at most that, it is {images:,}")
+        raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the "
+                         "path of an .npz file")
+    there = len(dataset.train_images)
+    if images > there:
+        raise InputError(f"{name} has {there:,} training images: --images must be at most that, "
+                         f"it is {images:,}")
     if images:
-        kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_images))[:images])
-        dataset = dataset._replace(train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+        kept = np.sort(np.random.default_rng(0).permutation(there)[:images])
+        dataset = dataset._replace(train_images=dataset.train_images[kept],
+                                   train_labels=dataset.train_labels[kept])
     return dataset
 
 
 def load_npz(path):
-    """Read train_images, train_labels, test_images, test_labels (the layout of MedMNIST) from an .npz file.
+    """Read train_images, train_labels, test_images, test_labels (MedMNIST's layout) from an .npz.
 
-    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]; other keys are ignored."""
-    arrays = {}
+    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]; other keys are
+    ignored. Classes are numbered 0, 1, ... in the order of their labels."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            for key in ("train_images", "train_labels", "test_images", "test_labels"):
-                if key not in file:
-                    raise InputError(f"{path} has no {key!r}: it needs train_images, train_labels, test_images, test_labels")
-                arrays[key] = file[key]
-    except InputError:
-        raise
+            arrays = {key: file[key] for key in KEYS if key in file}
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # a damaged file makes numpy raise many kinds
-        raise InputError(f"{path} is not an .npz of plain arrays (no pickled objects): {error}".splitlines()[0]) from None
+        raise InputError(f"{path} is not an .npz of plain arrays (no pickled objects): "
+                         f"{str(error) or type(error).__name__}".splitlines()[0]) from None
+    for key in KEYS:
+        if key not in arrays:
+            raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
+    images, labels = {}, {}
     for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
-            raise InputError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] and not empty, "
-                             f"they are {images.dtype} {list(images.shape)}")
-        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers, one an image, "
-                             f"they are {labels.dtype} {list(labels.shape)}")
-        images = images[..., None] if images.ndim == 3 else images  # [N, H, W, C]
-        arrays[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        arrays[f"{split}_labels"] = labels
-    names, labels = np.unique(np.concatenate([arrays["train_labels"], arrays["test_labels"]]), return_inverse=True)
-    n = len(arrays["train_labels"])  # classes are numbered 0, 1, ... in the order of their labels
-    arrays |= {"train_labels": torch.from_numpy(labels[:n]), "test_labels": torch.from_numpy(labels[n:])}
-    dataset = Dataset(**arrays)
-    if dataset.test_images.shape[1:] != dataset.shape:
+        images[split] = check_images(arrays[f"{split}_images"], f"{path}: {split}_images")
+        labels[split] = check_labels(arrays[f"{split}_labels"], len(images[split]),
+                                     f"{path}: {split}_labels")
+    if images["train"].shape[1:] != images["test"].shape[1:]:
         raise InputError(f"{path}: train and test images differ in shape, "
-                         f"{list(dataset.shape)} and {list(dataset.test_images.shape[1:])}")
-    return dataset
+                         f"{list(images['train'].shape[1:])} and {list(images['test'].shape[1:])}")
+    everyone = np.concatenate([labels["train"], labels["test"]])
+    numbers = torch.from_numpy(np.unique(everyone, return_inverse=True)[1])
+    n = len(labels["train"])
+    return Dataset(images["train"], numbers[:n], images["test"], numbers[n:])
+
+
+def check_images(images, what):
+    """uint8 [N, H, W] or [N, H, W, C] from a file -> uint8 [N, C, H, W]."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
+        raise InputError(f"{what} must be uint8 [N, H, W] or [N, H, W, C] and not empty, they are "
+                         f"{images.dtype} {list(images.shape)}")
+    if images.ndim == 3:
+        images = images[..., None]
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def check_labels(labels, n, what):
+    """n whole numbers [n] or [n, 1] of any integer type from a file -> int64 [n]."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        raise InputError(f"{what} must be {n} whole numbers, one an image, they are "
+                         f"{labels.dtype} {list(labels.shape)}")
+    if labels.max() > np.iinfo(np.int64).max:
+        raise InputError(f"{what} must be below 2^63, the largest is {labels.max()}")
+    return labels.astype(np.int64)
 
 
 def load_cifar(archive, path):
-    """Read the records straight out of the archive; nothing is unpacked to disk and nothing is unpickled."""
+    """Read the records straight out of the archive; nothing is unpacked or unpickled."""
     def read(members):
         with tarfile.open(path) as tar:
             raw = b"".join(tar.extractfile(member).read() for member in members)
         records = np.frombuffer(raw, np.uint8).reshape(-1, archive.label_bytes + 3 * 32 * 32)
-        labels, pixels = records[:, archive.label_bytes - 1], records[:, archive.label_bytes:]
-        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64))
+        labels = records[:, archive.label_bytes - 1].astype(np.int64)
+        pixels = records[:, archive.label_bytes:].reshape(-1, 3, 32, 32).copy()
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
     return Dataset(*read(archive.train), *read(archive.test))
 
 
+@contextlib.contextmanager
+def lock(path, wait=True):
+    """Hold the file `path` for this process alone; a process that is killed lets go of it.
+
+    Without `wait`, raises BlockingIOError if another process holds it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def download(archive, cache):
-    """Fetch an archive once, resuming where an earlier attempt stopped; returns the path of the verified file."""
+    """Fetch an archive once, resuming where an earlier attempt stopped; its verified path.
+
+    Of several processes one downloads, the others wait for it."""
     path = cache / archive.url.rsplit("/", 1)[1]
-    if not path.exists():
-        part = path.with_suffix(".part")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            fetch(archive, part)
-        except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-            raise InputError(f"could not download {archive.url} ({error}): run the same command again to resume, "
-                             f"or put the file at {path} yourself") from None
-        if sha256(part) != archive.sha256:
-            part.unlink()
-            raise InputError(f"what {archive.url} sent does not match its SHA-256 and was deleted: run the command again")
-        os.replace(part, path)
-    elif sha256(path) != archive.sha256:
-        raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete it and run the command again")
+    part = path.with_suffix(".part")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_suffix(".lock")):
+            if not path.exists():
+                fetch(archive, part)
+                if sha256(part) != archive.sha256:
+                    part.unlink()
+                    raise InputError(f"what {archive.url} sent does not match its SHA-256 and was "
+                                     "deleted: run the command again")
+                os.replace(part, path)
+                return path
+    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
+        raise InputError(f"could not download {archive.url} ({error}): run the same command again "
+                         f"to resume, or put the file at {path} yourself") from None
+    if sha256(path) != archive.sha256:
+        raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete it and run "
+                         "the command again")
     return path
 
 
@@ -162,15 +207,19 @@ def fetch(archive, part, chunk=1 << 20):
     have = part.stat().st_size if part.exists() else 0
     if have == archive.size:
         return
-    have = have if have < archive.size else 0
-    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
+    if have > archive.size:
+        have = 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(archive.url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as reply:
-        have = have if reply.status == 206 else 0  # a server that ignores Range starts from the beginning
+        if reply.status != 206:  # a server that ignores Range starts from the beginning
+            have = 0
         with open(part, "ab" if have else "wb") as file:
             while block := reply.read(chunk):
                 file.write(block)
                 have += len(block)
-                print(f"\r{archive.url}: {have / 1e6:.0f} of {archive.size / 1e6:.0f} MB", end="", flush=True)
+                print(f"\r{archive.url}: {have / 1e6:.0f} of {archive.size / 1e6:.0f} MB", end="",
+                      flush=True)
     print()
     if have < archive.size:
         raise OSError(f"the connection ended after {have:,} of {archive.size:,} bytes")
@@ -181,16 +230,17 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------- splitting among clients
+# ------------------------------------------------------------------------- splitting among clients
 
 def partition(labels, clients, alpha=0.0, seed=0):
-    """Split images among clients; every image goes to exactly one client and every client gets at least 2.
+    """Split images among clients: each image goes to one client, each client gets at least 2.
 
-    alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the shares of
-    the clients from Dirichlet(alpha) (Hsu et al. 2019): the smaller alpha, the fewer classes a client sees.
-    labels: int64 [N]. Returns a list of `clients` index tensors."""
+    alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the
+    clients' shares from Dirichlet(alpha) (Hsu et al. 2019): the smaller alpha, the fewer classes a
+    client sees. labels: int64 [N]. Returns a list of `clients` index tensors."""
     if len(labels) < 2 * clients:
-        raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), there are {len(labels)}")
+        raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), "
+                         f"there are {len(labels)}")
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(labels))
     if alpha == 0:
@@ -203,7 +253,7 @@ def partition(labels, clients, alpha=0.0, seed=0):
         for client, part in enumerate(np.split(images, cuts.round().astype(int))):
             owner[part] = client
     sizes = np.bincount(owner, minlength=clients)
-    for client in np.flatnonzero(sizes < 2):  # one image suffices for no contrast: the largest clients give
+    for client in np.flatnonzero(sizes < 2):  # one image makes no contrast: the largest give
         while sizes[client] < 2:
             largest = sizes.argmax()
             owner[np.flatnonzero(owner == largest)[0]] = client
@@ -213,17 +263,17 @@ def partition(labels, clients, alpha=0.0, seed=0):
     return [torch.from_numpy(part) for part in np.split(by_client, np.cumsum(sizes)[:-1])]
 
 
-# -------------------------------------------------------------------------------------------- two views
+# ----------------------------------------------------------------------------------------- two views
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a random view does to an image. Ranges are uniform, +- ranges symmetric; 0 switches a part off."""
+    """What a random view does to an image. Ranges are uniform; 0 switches a part off."""
     area: tuple          # share of the image's area that the view shows; above 1 it zooms out
     aspect: float        # the crop's aspect ratio is log-uniform in [1 / aspect, aspect]
     shift: float = 0.0   # +- share of the image's size, on top of the crop's random place
     rotate: float = 0.0  # +- degrees
     shear: float = 0.0   # +- degrees
-    elastic: float = 0.0  # +- share of the image's size by which the points of a 4 x 4 net move (Simard et al. 2003)
+    elastic: float = 0.0  # +- share of the image's size by which a 4 x 4 net moves (Simard 2003)
     flip: float = 0.0    # probability of a horizontal flip
     jitter: float = 0.0  # probability of changing the colours as follows
     brightness: float = 0.0  # factor in 1 +- brightness; likewise contrast and saturation
@@ -232,18 +282,22 @@ class Recipe:
     hue: float = 0.0     # +- turns of the colour circle
     grey: float = 0.0    # probability of dropping all colour
     blur: float = 0.0    # probability of a Gaussian blur, sigma in [0.1, 2] pixels
+    solarise: float = 0.0  # probability of inverting the pixels above one half
 
 
 RECIPES = {
-    "digits": Recipe(area=(0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
-    "natural": Recipe(area=(0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
+    "digits": Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
+    "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
                       saturation=0.4, hue=0.1, grey=0.2, blur=0.5),
 }
-
-
 LIGHT = {  # for supervised training, where a view must keep its class
-    "digits": Recipe(area=(0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
-    "natural": Recipe(area=(1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5),
+    "digits": Recipe((0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
+    "natural": Recipe((1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5),
+}
+MOVED = {  # for testing: what the two views of a training image differ in
+    "digits": RECIPES["digits"],
+    "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
+                      saturation=0.4, hue=0.1),
 }
 
 
@@ -259,74 +313,99 @@ def two_views(images, recipe, generator):
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
 
+def moved(images, recipe, seed=0):
+    """One random view of every image, from a fixed seed: uint8 [N, C, H, W] -> the same, on the CPU.
+
+    recipe: a name in MOVED. Judges which changes of an image the features do not mind."""
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.cat([view(part, MOVED[recipe], generator) for part in images.cpu().split(500)])
+    return ((views + 1) * 127.5).round().byte()
+
+
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1.
 
-    All randomness comes from `generator`, on the images' device."""
+    All randomness comes from `generator`, on the images' device, in a single draw."""
     x = images.float() / 255
-    uniform = lambda low, high, *more: low + (high - low) * torch.rand(len(x), *more, device=x.device, generator=generator)
+    numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
+
+    def uniform(low, high):
+        return low + (high - low) * next(numbers)  # [B]
+
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:
         x = colour(x, recipe, uniform)
     if recipe.blur:
         x = blur(x, recipe, uniform)
-    return x.mul_(2).sub_(1)
+    if recipe.solarise:
+        chosen = (uniform(0, 1) < recipe.solarise)[:, None, None, None]
+        x = torch.where(chosen & (x > 0.5), 1 - x, x)
+    return x.mul(2).sub(1)
 
 
 def warp(x, recipe, uniform):
-    """Random resized crop, shift, rotation, shear and flip as one affine map, sampled once. x: [B, C, H, W]."""
+    """Crop, shift, rotation, shear and flip as one affine map, sampled once. x: [B, C, H, W]."""
+    H, W = x.shape[2:]
     area, ratio = uniform(*recipe.area), torch.exp(uniform(-1, 1) * math.log(recipe.aspect))
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()  # size of the crop; 1 is the image's own
     if recipe.area[1] <= 1:
         w, h = w.clamp(max=1), h.clamp(max=1)
-    dx = uniform(-1, 1) * (1 - w).clamp(min=0) + uniform(-2, 2) * recipe.shift  # image coordinates run from -1 to 1
+    # image coordinates run from -1 to 1
+    dx = uniform(-1, 1) * (1 - w).clamp(min=0) + uniform(-2, 2) * recipe.shift
     dy = uniform(-1, 1) * (1 - h).clamp(min=0) + uniform(-2, 2) * recipe.shift
     turn = torch.deg2rad(uniform(-1, 1) * recipe.rotate)
     shear = torch.deg2rad(uniform(-1, 1) * recipe.shear).tan()
     mirror = 1 - 2 * (uniform(0, 1) < recipe.flip).float()
     cos, sin = turn.cos(), turn.sin()
-    theta = torch.stack([torch.stack([mirror * w * cos, h * (shear * cos - sin), dx], 1),
-                         torch.stack([mirror * w * sin, h * (shear * sin + cos), dy], 1)], 1)  # [B, 2, 3]
+    across, down = H / W, W / H  # a turn is a turn in pixels, whatever the image's shape
+    theta = torch.stack([
+        torch.stack([mirror * w * cos, across * h * (shear * cos - sin), dx], 1),
+        torch.stack([down * mirror * w * sin, h * (shear * sin + cos), dy], 1)], 1)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, H, W, 2]
     if recipe.elastic:
-        net = uniform(-2, 2, 2, 4, 4) * recipe.elastic
-        grid += F.interpolate(net, grid.shape[1:3], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-    return F.grid_sample(x, grid, padding_mode="zeros" if recipe.area[1] > 1 else "reflection", align_corners=False)
+        net = torch.stack([uniform(-2, 2) for _ in range(2 * 4 * 4)], 1).view(-1, 2, 4, 4)
+        bend = F.interpolate(net * recipe.elastic, (H, W), mode="bicubic", align_corners=False)
+        grid = grid + bend.permute(0, 2, 3, 1)
+    outside = "zeros" if recipe.area[1] > 1 else "reflection"
+    return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 
 def colour(x, recipe, uniform):
-    """Brightness, contrast, saturation, hue and greyscale: all linear in the colour, so one matrix an image.
+    """Brightness, contrast, saturation, hue and greyscale: linear in the colour, one matrix each.
 
-    Saturation and hue need three channels; other images get brightness and contrast. x: [B, C, H, W] in 0..1."""
+    Saturation and hue need three channels; other images get brightness and contrast.
+    x: [B, C, H, W] in 0..1."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
-    factor = lambda strength: 1 + apply * uniform(-1, 1) * strength
-    bright, contrast, saturate, turn = (factor(recipe.brightness), factor(recipe.contrast), factor(recipe.saturation),
-                                        2 * math.pi * apply * uniform(-1, 1) * recipe.hue)
-    saturate = saturate * (uniform(0, 1) >= recipe.grey)
+    bright = 1 + apply * uniform(-1, 1) * recipe.brightness
+    contrast = 1 + apply * uniform(-1, 1) * recipe.contrast
+    saturate = 1 + apply * uniform(-1, 1) * recipe.saturation
+    turn = 2 * math.pi * apply * uniform(-1, 1) * recipe.hue
+    saturate = (saturate * (uniform(0, 1) >= recipe.grey))[:, None, None]
+    weights = (0.299, 0.587, 0.114) if C == 3 else [1 / C] * C
+    luma = torch.cat([torch.full((1,), weight, device=x.device) for weight in weights])
     eye = torch.eye(C, device=x.device)
-    luma = torch.stack([torch.full((), w, device=x.device) for w in ((0.299, 0.587, 0.114) if C == 3 else [1 / C] * C)])
     matrix = eye.expand(B, C, C)
     if C == 3:
         cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
         k = (eye.roll(1, 0) - eye.roll(-1, 0)) / math.sqrt(3)
         hue = cos * eye + sin * k + (1 - cos) / 3  # rotation about the grey axis (Rodrigues)
-        saturate = saturate[:, None, None]
         matrix = (saturate * eye + (1 - saturate) * luma.expand(3, 3)) @ hue
-    mean = torch.einsum("bchw,c->b", x, luma) / x[0, 0].numel()  # mean brightness, the fixed point of contrast
+    mean = torch.einsum("bchw,c->b", x, luma) / x[0, 0].numel()  # the fixed point of contrast
     y = ((bright * contrast)[:, None, None] * matrix) @ x.flatten(2)
-    y += (bright * (1 - contrast) * mean)[:, None, None]
-    return y.clamp_(0, 1).view_as(x)
+    y = y + (bright * (1 - contrast) * mean)[:, None, None]
+    return y.clamp(0, 1).view_as(x)
 
 
 def blur(x, recipe, uniform):
-    """Gaussian blur with a radius of a tenth of the image, separable. x: [B, C, H, W]."""
+    """Separable Gaussian blur, kernel a tenth of the image's width across. x: [B, C, H, W]."""
     radius = min(max(1, x.shape[-1] // 20), min(x.shape[-2:]) - 1)
     sigma = torch.where(uniform(0, 1) < recipe.blur, uniform(0.1, 2.0), 1e-3)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)  # [B, 2 * radius + 1], rows sum to 1
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)  # [B, 2 * radius + 1]
     for _ in range(2):  # along the width, transpose, along the height, transpose back
         padded = F.pad(x, (radius, radius, 0, 0), mode="reflect")
-        x = sum(kernel[:, i, None, None, None] * padded[..., i:i + x.shape[-1]] for i in range(2 * radius + 1))
+        x = sum(kernel[:, i, None, None, None] * padded[..., i:i + x.shape[-1]]
+                for i in range(2 * radius + 1))
         x = x.transpose(2, 3)
     return x

@@ -1,19 +1,19 @@
 """Federated layer-wise learning (FLL) with federated depth dropout (FDD), from scratch.
 
-Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Layer-wise Training and Depth Dropout"
-(arXiv 2309.05213); resource accounting after Tun et al. 2024, "LW-FedSSL" (arXiv 2401.11647).
+Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Layer-wise Training
+and Depth Dropout" (arXiv 2309.05213); accounting after Tun et al. 2024, "LW-FedSSL" (2401.11647).
 
-Read it from top to bottom: configuration, model, stages and depth dropout, one client, the server, cost, evaluation.
-The method ends there; what follows serves the command line: checks, tables, run folders, comparisons, benchmark, flags.
+Read it from top to bottom: settings, model, stages and depth dropout, one client, the server,
+cost, evaluation. There the method ends; what follows serves the command line.
 
-    python fllw.py             # train on the embedded digits, about two minutes on two CPU cores
-    python fllw.py --compare e2e fll fdd   # methods side by side; without names, all of them
+    python fllw.py             # train on the embedded digits, two minutes on two CPU cores
     python fllw.py --help
 """
 import argparse
 import contextlib
+import functools
+import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -34,68 +34,64 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 from data import InputError
-from ssl_loss import MemoryMeter, ProjectionHead, contrastive_step, finetune, knn, linear_probe, nt_xent, storage_id
+from ssl_loss import (MemoryMeter, ProjectionHead, contrastive_step, few_labels, finetune, knn,
+                      linear_probe, nt_xent)
 
-# -------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------- settings
 
 
-def knob(default, help, **more):
-    return field(default=default, metadata={"help": help, **more})
+def knob(default, help, **more):  # group opens a group of flags; low <= value <= high, or < below
+    return field(default=default, metadata={"help": help, "low": -math.inf, "high": 1e9, **more})
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; the command line is generated from these fields."""
-    data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz of your own images")
-    images: int = knob(0, "use only so many of the training images, the same for every seed; 0 means all", low=0)
-    method: str = knob("fll", "which blocks exist and train at a stage", choices=("fll", "e2e", "progressive"))
-    dim: int = knob(64, "width of the vision transformer", low=1)
+    data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or FILE.npz with your images",
+                     group="data")
+    images: int = knob(0, "use so many of the training images; 0 means all", low=0)
+    augment: str = knob("auto", "recipe of the two views; auto: digits for mnist5k, else natural",
+                        choices=("auto", "digits", "natural"))
+    dim: int = knob(64, "width of the vision transformer", low=1, group="model")
     depth: int = knob(4, "number of blocks L", low=1)
     heads: int = knob(8, "attention heads; must divide dim", low=1)
-    patch_size: int = knob(7, "side of a patch, pixels; must divide the image", low=1)
-    pool: str = knob("mean", "what the loss reads", choices=("mean", "token"))
-    head_hidden: int = knob(256, "width of the projection head's two hidden layers", low=1)
+    patch_size: int = knob(7, "side of a patch in pixels; must divide the image", low=1)
+    pool: str = knob("mean", "what the loss reads: all patches or the class token",
+                     choices=("mean", "token"))
+    head_hidden: int = knob(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
-    blocks_per_stage: int = knob(1, "blocks added (and, layer-wise, trained) at each stage; must divide depth", low=1)
-    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as one whose outputs are 0, or fresh",
-                          choices=("copy", "zero", "fresh"))
-    depth_dropout: float = knob(0.25, "probability with which a client drops each frozen block in a round, in [0, 1)")
-    clients: int = knob(2, "number of clients N", low=1)
+    method: str = knob("fll", "which blocks exist and train at a stage", group="layer-wise",
+                       choices=("fll", "e2e", "progressive", "lasting"))
+    blocks_per_stage: int = knob(1, "blocks that a stage adds", low=1)
+    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as one "
+                          "whose outputs are 0, or fresh", choices=("copy", "zero", "fresh"))
+    first_share: float = knob(0.0, "share of the rounds for the first stage, which trains the "
+                              "embedding; 0 means an equal share", low=0, below=1)
+    depth_dropout: float = knob(0.25, "probability with which a client drops each frozen block in "
+                                "a round", low=0, below=1)
+    clients: int = knob(2, "number of clients N", low=1, group="federation")
     clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
-    alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID", low=0)
-    rounds: int = knob(96, "federated rounds, shared equally among the stages", low=1)
-    first_share: float = knob(0.0, "share of the rounds for a layer-wise run's first stage, the one that trains the embedding; 0 means an equal share")
-    local_epochs: int = knob(1, "passes of a client over its images in a round", low=1)
-    batch_size: int = knob(64, "images in a local step (each gives two views)", low=2)
-    micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 means the whole batch", low=0)
-    client_failure: float = knob(0.0, "probability that a sampled client drops out of a round before uploading")
-    patience: int = knob(0, "rounds without a lower loss after which a stage ends early and leaves its rounds to later ones; 0 means never", low=0)
-    align: float = knob(0.0, "weight of the term that aligns a client's projections with the received model's", low=0)
-    calibrate: int = knob(0, "epochs of end-to-end training by the server, on images that no client has", low=0)
-    calibrate_at: str = knob("end", "when the server calibrates: after the last round or after every round", choices=("end", "round"))
-    server_share: float = knob(0.1, "share of the training images that the server keeps for itself if it calibrates, in [0, 1)")
-    lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
+    alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID",
+                        low=0, high=1e6)
+    rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
+    local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
+    client_failure: float = knob(0.0, "probability that a sampled client drops out of a round "
+                                 "before uploading", low=0, below=1)
+    batch_size: int = knob(64, "images in a local step; each gives two views", low=2,
+                           group="training")
+    micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); 0 "
+                            "means the whole batch", low=0)
+    lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
-    augment: str = knob("auto", "recipe of the two views; auto is digits for mnist5k, else natural",
-                        choices=("auto", "digits", "natural"))
-    finetune: int = knob(0, "epochs of fine-tuning in the evaluation; 0 leaves it out", low=0)
-    labels_per_class: int = knob(0, "labelled images a class for fine-tuning; 0 means all", low=0)
     amp: bool = knob(False, "bf16 autocast for the model; the loss stays in float32")
-    seed: int = knob(0, "everything random derives from it", low=0)
+    seed: int = knob(0, "everything random derives from it", low=0, high=2**63, group="run")
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
 
 
-PRESETS = {"paper": dict(  # the setting of Tun et al. 2024
-    data="cifar10", dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
-    clients=10, rounds=180, local_epochs=3, batch_size=512, finetune=40)}
-
-
-def rank():
-    """This process among those that torchrun started."""
-    return dist.get_rank() if dist.is_initialized() else 0
+INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # what a draw is for
 
 
 def rng(config, *key):
@@ -103,11 +99,19 @@ def rng(config, *key):
     return np.random.default_rng([config.seed, *key])
 
 
-INIT, SAMPLING, DROPOUT, TRAINING, FAILURE, SERVER_IMAGES, FINETUNING = range(1, 8)  # purposes of a draw
-SERVER = 2**32 - 1  # the server's number among the clients, where it trains
+def generator(config, device, *key):
+    """A torch generator for (seed, *key) alone."""
+    return torch.Generator(device).manual_seed(int(rng(config, *key).integers(2**63)))
 
 
-# ---------------------------------------------------------------------------------------------------- model
+def recipe(config):
+    """The name of the views' recipe."""
+    if config.augment == "auto":
+        return "digits" if config.data == "mnist5k" else "natural"
+    return config.augment
+
+
+# -------------------------------------------------------------------------------------- model
 
 class Attention(nn.Module):
     def __init__(self, dim, heads):
@@ -117,7 +121,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):  # [B, T, D]
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -133,7 +138,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, residual around each half: without its two halves it is the identity."""
+    """Pre-norm transformer block; without its two halves it is the identity."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -159,16 +164,17 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021): images [B, C, H, W] -> features [B, dim].
 
-    image_size: a side in pixels or (height, width). Names and arithmetic are those of timm's VisionTransformer with
-    num_classes=0: pool="token" as it comes, pool="mean" as with global_pool="avg", fc_norm=False."""
+    image_size: a side in pixels or (height, width). Names and arithmetic are those of timm's
+    VisionTransformer with num_classes=0: pool="token" as it comes, pool="mean" as with
+    global_pool="avg", fc_norm=False."""
 
-    def __init__(self, image_size=32, patch_size=4, channels=3, dim=192, depth=12, heads=3, pool="token"):
+    def __init__(self, image_size=32, patch_size=4, channels=3, dim=192, depth=12, heads=3,
+                 pool="token"):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
-            raise InputError(f"the patch size {patch_size} must divide the image, which is {height} x {width} pixels")
-        if dim % heads:
-            raise InputError(f"the width must be a multiple of the heads, {dim} is no multiple of {heads}")
+            raise InputError(f"the patch size {patch_size} must divide the image, which is "
+                             f"{height} x {width} pixels")
         patches = (height // patch_size) * (width // patch_size)
         self.pool = pool
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
@@ -191,7 +197,7 @@ class ViT(nn.Module):
         return x
 
     def upper(self, x, start):
-        """The blocks from `start` on, final norm, pooling: tokens [B, T, D] -> features [B, D]."""
+        """Blocks from `start` on, final norm, pooling: tokens [B, T, D] -> features [B, D]."""
         for block in self.blocks[start:]:
             x = block(x)
         x = self.norm(x)
@@ -202,425 +208,505 @@ class ViT(nn.Module):
 
 
 class Learner(nn.Module):
-    """What is trained: the encoder and, on top of it, the projection head that is thrown away afterwards."""
+    """What is trained: the encoder and, on top, the projection head, thrown away afterwards."""
 
-    def __init__(self, config, shape, depth):
+    def __init__(self, config, shape):
         super().__init__()
         channels, height, width = shape
-        self.encoder = ViT((height, width), config.patch_size, channels, config.dim, depth, config.heads, config.pool)
+        self.encoder = ViT((height, width), config.patch_size, channels, config.dim, config.depth,
+                           config.heads, config.pool)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
 
-def initial(config, shape, depth, device="cpu"):
-    """State dict of a freshly initialised learner with `depth` blocks; torch's own randomness is left as it was."""
+def initial(config, shape, device="cpu"):
+    """State dict of a fresh learner with all its blocks; torch's own randomness stays as it was.
+
+    On the device "meta" tensors have shapes but hold no data."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(int(rng(config, INIT).integers(2**63)))
-        return Learner(config, shape, depth).state_dict()
+        return Learner(config, shape).state_dict()
 
 
-# ------------------------------------------------------------------------------- stages and depth dropout
+def block_of(name):
+    """The number of the block that a tensor of this name belongs to, or None."""
+    parts = name.split(".")
+    return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
+
+
+def assemble(config, tensors, shape):
+    """The learner with these tensors; a block that is not among them is the identity."""
+    with torch.device("meta"):
+        learner = Learner(config, shape)
+    there = {block_of(name) for name in tensors}
+    for b in range(config.depth):
+        if b not in there:
+            learner.encoder.blocks[b] = nn.Identity()
+    learner.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
+    return learner
+
+
+# --------------------------------------------------------------- stages and depth dropout
 
 @dataclass(frozen=True)
 class Stage:
-    """Which blocks exist and which of them train: blocks 0..present-1 exist, first..present-1 train.
+    """Which blocks exist and which of them train, by their numbers from 0, for some rounds.
 
-    The final norm and the head always train; patch embedding, positions and class token while block 0 does."""
-    number: int   # counted from 1
-    first: int    # the first block that trains
-    present: int
+    The final norm and the head always train; patch embedding, positions and class token while
+    block 0 does."""
+    number: int     # counted from 1
+    present: tuple  # ascending
+    active: tuple   # ascending, some of those present
     rounds: int
+
+    @property
+    def frozen(self):
+        return tuple(b for b in self.present if b not in self.active)
 
     def trains(self, name):
         """Whether the tensor of this name in a learner's state dict trains."""
-        if name.startswith("encoder.blocks."):
-            return int(name.split(".")[2]) >= self.first
-        return name.startswith(("head.", "encoder.norm.")) or self.first == 0
+        if block_of(name) is not None:
+            return block_of(name) in self.active
+        if any(part in name for part in ("patch_embed", "pos_embed", "cls_token")):
+            return 0 in self.active
+        return True
 
 
 def stages(config, history=()):
-    """The stages of a run: the one place where the methods differ.
+    """The plan of a run: its stages, from the first to the last. Here the methods differ.
 
-    history: the rows of the rounds done. With patience, a stage whose loss has not fallen below its best for so many
-    rounds is over, and the later ones share the rounds it leaves."""
-    k = config.depth if config.method == "e2e" else config.blocks_per_stage
-    blocks = [(0 if config.method == "progressive" else top - k, top) for top in range(k, config.depth + 1, k)]
-    plan, left = [], config.rounds
-    for number, (first, present) in enumerate(blocks, 1):
+    history: the rows of the rounds done; a plan may look at them (this one does not)."""
+    L, k = config.depth, config.blocks_per_stage
+    whole = tuple(range(L))
+    if config.method == "e2e":  # everything, in a single stage
+        blocks = [(whole, whole)]
+    if config.method == "fll":  # the newest k blocks train on top of frozen ones
+        blocks = [(whole[:top], whole[top - k:top]) for top in range(k, L + 1, k)]
+    if config.method == "progressive":  # the same blocks, but all of them train
+        blocks = [(whole[:top], whole[:top]) for top in range(k, L + 1, k)]
+    if config.method == "lasting":  # block L is there from the start and stays on top, training
+        blocks = [(whole[:top] + whole[-1:], whole[top - k:top] + whole[-1:])
+                  for top in range(k, L, k)]
+    plan, rounds_left = [], config.rounds
+    for number, (present, active) in enumerate(blocks, 1):
         later = len(blocks) - number
-        rounds = math.ceil(left / (later + 1))
-        if number == 1 and later and config.first_share and config.method == "fll":
-            rounds = min(max(1, round(config.first_share * left)), left - later)
-        mine = [row for row in history if row["stage"] == number]
-        losses = [row["loss"] for row in mine if row["loss"] is not None]
-        if later and config.patience and losses and len(losses) - 1 - np.argmin(losses) >= config.patience:
-            rounds = min(rounds, len(mine))
-        plan.append(Stage(number, first, present, rounds))
-        left -= rounds
+        rounds = math.ceil(rounds_left / (later + 1))
+        if number == 1 and later and config.first_share:
+            rounds = min(max(1, round(config.first_share * config.rounds)), rounds_left - later)
+        plan.append(Stage(number, present, active, rounds))
+        rounds_left -= rounds
     return plan
 
 
-def sample_clients(config, round):
-    """The clients of a round, in ascending order: a function of (seed, round)."""
-    chosen = rng(config, SAMPLING, round).choice(config.clients, config.clients_per_round or config.clients, replace=False)
+def stage_of(plan, rounds_done):
+    """The stage of the next round and how many of its rounds are done; (None, 0) at the end."""
+    for stage in plan:
+        if rounds_done < stage.rounds:
+            return stage, rounds_done
+        rounds_done -= stage.rounds
+    return None, 0
+
+
+def sample_clients(config, number):
+    """The clients of round `number`, ascending: a function of (seed, round)."""
+    size = config.clients_per_round or config.clients
+    chosen = rng(config, SAMPLING, number).choice(config.clients, size, replace=False)
     return sorted(chosen.tolist())
 
 
-def draw_blocks(config, stage, round, client):
-    """Federated depth dropout: the blocks this client keeps this round, a function of (seed, round, client).
+def draw_blocks(config, stage, number, client):
+    """Federated depth dropout: the blocks that this client keeps in round `number`.
 
-    Every frozen block is dropped with probability depth_dropout, independently; active blocks never are."""
-    dropped = rng(config, DROPOUT, round, client).random(stage.first) < config.depth_dropout
-    return [b for b in range(stage.present) if b >= stage.first or not dropped[b]]
-
-
-def broadcast(server, stage, kept):
-    """What a client receives: the server's tensors, less the blocks that depth dropout dropped."""
-    gone = tuple(f"encoder.blocks.{b}." for b in range(stage.present) if b not in kept)
-    return {name: tensor for name, tensor in server.items() if not name.startswith(gone)}
+    Every frozen block is dropped with probability depth_dropout, independently; active blocks
+    never are. A function of (seed, round, client)."""
+    draws = rng(config, DROPOUT, number, client).random(len(stage.frozen))
+    dropped = [b for b, u in zip(stage.frozen, draws) if u < config.depth_dropout]
+    return tuple(b for b in stage.present if b not in dropped)
 
 
-def grow(config, server, shape, stage):
-    """The server's state at the start of a stage, with the blocks that the stage adds.
-
-    A copy is the very tensors of the last block trained before, so broadcasting it costs one block, not two. A zero
-    block is a copy whose two output layers are 0: at first it is the identity, and features go on where they were."""
-    top = max(int(name.split(".")[2]) for name in server if name.startswith("encoder.blocks."))
-    source = server
-    if config.new_block == "fresh":
-        device = server["encoder.cls_token"].device
-        source = initial(config, shape, stage.present, "meta" if device.type == "meta" else "cpu")
-        source = {name: tensor.to(device) for name, tensor in source.items()}
-    added = {}
-    for b in range(top + 1, stage.present):
-        origin = f"encoder.blocks.{top if source is server else b}."
-        added |= {name.replace(origin, f"encoder.blocks.{b}."): t for name, t in source.items() if name.startswith(origin)}
-    if config.new_block == "zero":
-        added |= {name: t.new_zeros(()).expand_as(t) for name, t in added.items() if ".attn.proj." in name or ".mlp.fc2." in name}
-    return {**server, **added}
+def broadcast(server, kept):
+    """What a client receives: the server's tensors, less the blocks that it does not keep."""
+    return {name: t for name, t in server.items() if block_of(name) in (None, *kept)}
 
 
-# ----------------------------------------------------------------------------------------------- one client
+# --------------------------------------------------------------------------------- one client
 
 def receive(config, message, shape, stage):
-    """Build a client's learner from what it received; a dropped block is the identity and holds nothing."""
-    with torch.device("meta"):
-        learner = Learner(config, shape, stage.present)
-    for b in range(stage.present):
-        if f"encoder.blocks.{b}.norm1.weight" not in message:
-            learner.encoder.blocks[b] = nn.Identity()
-    learner.load_state_dict({name: tensor.clone() for name, tensor in message.items()}, assign=True)
+    """A client's learner from what it received; a dropped block is the identity."""
+    learner = assemble(config, message, shape)
     for name, parameter in learner.named_parameters():
         parameter.requires_grad_(stage.trains(name))
     return learner
 
 
-def recipe(config):
-    """The name of the views' recipe: digits for the embedded digits, natural for the rest, unless told otherwise."""
-    return ("digits" if config.data == "mnist5k" else "natural") if config.augment == "auto" else config.augment
+def in_three(config, learner, stage):
+    """The learner as three functions: the frozen part, without a graph, the active part, the head.
+
+    The frozen part is what lies below the first active block. The loss stays in float32."""
+    encoder, first = learner.encoder, min(stage.active)
+    kind = next(learner.parameters()).device.type
+
+    def frozen(images):
+        if first == 0:
+            return images
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=config.amp):
+            return encoder.lower(images, first)
+
+    def active(x):
+        with torch.autocast(kind, torch.bfloat16, enabled=config.amp):
+            return encoder(x) if first == 0 else encoder.upper(x, first)
+
+    def head(features):
+        with torch.autocast(kind, torch.bfloat16, enabled=config.amp):
+            return learner.head(features)
+
+    return frozen, active, head
 
 
-def local_train(config, stage, message, images, round, client, progress=0.0):
-    """One client's work in one round.
+def local_train(config, stage, message, images, number, client, progress=0.0,
+                step=contrastive_step):
+    """One client's work in round `number`.
 
-    message: what broadcast() handed over; images: uint8 [n, C, H, W], on the device; progress: the share of the
-    stage's rounds that is done. Returns (upload, losses, peak_memory_bytes): the trained tensors, the loss of every
-    local step [steps], and the memory that the first two of them took."""
-    changes = data.RECIPES[recipe(config)]
-    draws = torch.Generator(images.device).manual_seed(int(rng(config, TRAINING, round, client).integers(2**63)))
+    message: what broadcast() handed over; images: the client's, uint8 [n, C, H, W], on the device;
+    progress: the share of the stage's rounds that is done; step: what a local step does. AdamW
+    starts anew each round: its moments belong to weights that averaging has replaced, and a
+    client that is sampled now and then could not keep them. Returns (upload, losses): the trained
+    tensors, and the loss of every local step [steps]."""
+    learner = receive(config, message, images.shape[1:], stage)
+    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
+                                  fused=True)
+    frozen, active, head = in_three(config, learner, stage)
+    views_of, draws = data.RECIPES[recipe(config)], generator(config, images.device, TRAINING,
+                                                              number, client)
+
+    def criterion(z):  # [2B, D]
+        return nt_xent(*z.chunk(2), config.temperature)
+
     batch = min(config.batch_size, len(images))
     steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
-    meter, losses = MemoryMeter(images.device), []
-    with meter:
-        learner = receive(config, message, images.shape[1:], stage)
-        trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay, fused=True)
-        frozen, active, head = split(config, learner, stage)
-        if config.align:  # what was received, once more, as it came; the frozen blocks are the same in both
-            received = receive(config, broadcast(message, stage, range(stage.first, stage.present)), images.shape[1:], stage)
-            _, old_active, old_head = split(config, received, stage)
-    for step in range(config.local_epochs * steps):
-        if step % steps == 0:
-            order = torch.randperm(len(images), device=images.device, generator=draws).split(batch)
-        done = progress + step / (config.local_epochs * steps) / stage.rounds  # of this stage
-        optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * done)) / 2
-        with meter if step < 2 else contextlib.nullcontext():  # from the second step the optimizer has its state
+    losses = []
+    for epoch in range(config.local_epochs):
+        order = torch.randperm(len(images), device=images.device, generator=draws)
+        for chosen in order[:steps * batch].view(steps, batch):
+            in_round = len(losses) / (config.local_epochs * steps)
+            cosine = (1 + math.cos(math.pi * (progress + in_round / stage.rounds))) / 2
+            optimizer.param_groups[0]["lr"] = config.lr * cosine
             optimizer.zero_grad()
-            views, old = [data.two_views(images[order[step % steps]], changes, draws)], None
-            if config.align:
-                with torch.no_grad():
-                    parts = views[0].split(2 * config.micro_batch or len(views[0]))
-                    old = old_head(torch.cat([old_active(frozen(part)) for part in parts]))
-                    del parts
-            losses.append(contrastive_step(frozen, active, head, views.pop(), lambda z: criterion(config, z, old), config.micro_batch))
+            losses.append(step(frozen, active, head,
+                               data.two_views(images[chosen], views_of, draws), criterion,
+                               config.micro_batch))
             optimizer.step()
-    return {name: p.detach() for name, p in trained.items()}, torch.stack(losses), meter.peak
+    return {name: p.detach() for name, p in trained.items()}, torch.stack(losses)
 
 
-def criterion(config, z, old=None):
-    """NT-Xent of the projections z [2B, D] of two views; with `old`, the projections of the same views by the model that
-    the client received, also representation alignment (Tun et al. 2024): find the image's other view as it was there."""
-    contrast, (z1, z2) = lambda a, b: nt_xent(a, b, config.temperature), z.chunk(2)
-    if old is None:
-        return contrast(z1, z2)
-    old1, old2 = old.chunk(2)
-    return contrast(z1, z2) + config.align * (contrast(z1, old2) + contrast(z2, old1)) / 2
-
-
-def split(config, learner, stage):
-    """The learner as three functions: the frozen part, which keeps no graph, the active part, and the head."""
-    device = next(learner.parameters()).device.type
-    amp = torch.autocast(device, torch.bfloat16, enabled=config.amp)  # the loss itself stays in float32
-    encoder = learner.encoder
-    if stage.first == 0:
-        return (lambda images: images), amp(encoder.forward), amp(learner.head.forward)
-    return (torch.no_grad()(amp(lambda images: encoder.lower(images, stage.first))),
-            amp(lambda tokens: encoder.upper(tokens, stage.first)), amp(learner.head.forward))
-
-
-# ---------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------- the server
 
 @dataclass
 class State:
     """All there is between two rounds."""
-    shape: tuple                                 # (channels, height, width) of an image
-    server: dict                                 # name -> tensor: the encoder so far, and the head
-    history: list = field(default_factory=list)  # one dict a round
-    held: dict = field(default_factory=dict)     # client -> names of the final tensors it has received
+    shape: tuple   # (channels, height, width) of an image
+    server: dict   # name -> tensor: the encoder so far, and the head
+    version: dict  # name -> which tensor that is; equal versions are equal tensors
+    history: list = field(default_factory=list)  # one dict a round, see row_of()
+    held: dict = field(default_factory=dict)     # client -> versions that it has received
+    changes: int = 0                             # how often update() was called
+
+    def update(self, tensors):
+        """Put new tensors in place of the server's; whoever changes the server does it so."""
+        self.changes += 1
+        self.server |= tensors
+        self.version |= {name: f"{name}@{self.changes}" for name in tensors}
 
 
-class WeightedMean:
-    """FedAvg (McMahan et al. 2017): the mean of state dicts, weighted by |D_n|.
-
-    A running mean, so that memory does not grow with the number of clients."""
-
-    def __init__(self):
-        self.weight, self.mean = 0, {}
-
-    def add(self, state, weight):
-        self.weight += weight
-        for name, tensor in state.items():
-            if name not in self.mean:
-                self.mean[name] = tensor.clone()
-            elif not tensor.is_meta:  # cost() counts tensors that hold no data
-                self.mean[name].lerp_(tensor, weight / self.weight)
-
-    def combine(self, like, report):
-        """Over the processes of torchrun, by one all-reduce of the weighted sum, the weight and the report.
-
-        like: name -> tensor, for the shapes; report: array of numbers, 0 where another process fills it in."""
-        parts = [self.mean.get(name, torch.zeros_like(t)).flatten().double() * self.weight for name, t in like.items()]
-        numbers = torch.tensor([*report.flatten(), self.weight], dtype=torch.float64, device=parts[0].device)
-        total = torch.cat([*parts, numbers])
-        dist.all_reduce(total)
-        *parts, numbers = total.split([len(part) for part in [*parts, numbers]])
-        self.weight = numbers[-1].item()
-        if self.weight:
-            self.mean = {name: (part / self.weight).to(t).view_as(t) for (name, t), part in zip(like.items(), parts)}
-        return numbers[:-1].view(report.shape).cpu().numpy()
+def start(config, shape, plan=stages, device="cpu"):
+    """The state before the first round: the blocks of the first stage, and the head."""
+    present = plan(config, ())[0].present
+    server = broadcast(initial(config, shape, device), present)
+    return State(shape, server, {name: name for name in server})
 
 
-def nbytes(message):
-    """Bytes of a message; a tensor that goes by two names travels once, and one number repeated is one number."""
-    return sum({storage_id(t): t.untyped_storage().nbytes() for t in message.values()}.values())
+def grow(config, state, stage):
+    """Add the blocks that are new in this stage to the server's state.
+
+    A new block is a copy of the nearest one below it. "zero" is a copy whose two output layers
+    are 0: at first it is the identity, and features go on where they were."""
+    there = {block_of(name) for name in state.server} - {None}
+    for b in [b for b in stage.present if b not in there]:
+        source, origin = state.server, max((o for o in there if o < b), default=min(there))
+        if config.new_block == "fresh":
+            source, origin = initial(config, state.shape, state.server["head.0.weight"].device), b
+        for name in [name for name in source if block_of(name) == origin]:
+            new = name.replace(f"blocks.{origin}.", f"blocks.{b}.")
+            state.server[new], state.version[new] = source[name], state.version.get(name, new)
+            if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
+                state.server[new], state.version[new] = torch.zeros_like(source[name]), ZERO
+        there.add(b)
 
 
-def news(state, stage, message, client):
-    """The part of a message that a client which keeps what it received does not hold yet.
+class Average:
+    """FedAvg (McMahan et al. 2017): the sum of |D_n| times what client n sent, over all |D_n|.
 
-    What it holds is noted in state.held: tensors that are frozen, since only those are final."""
-    first = {}
-    for name, tensor in state.server.items():
-        first.setdefault(storage_id(tensor), name)  # a block that starts as a copy goes by the original's name
-    held = state.held.setdefault(client, set())
-    new = {name: tensor for name, tensor in message.items() if first[storage_id(tensor)] not in held}
-    held.update(name for name in map(first.get, map(storage_id, message.values())) if not stage.trains(name))
-    return new
+    A running sum, so that memory does not grow with the clients; in float64, so that one process
+    and many get the same."""
+
+    def __init__(self, like):
+        self.like, self.weight, self.total = like, 0.0, {}
+
+    def add(self, upload, images):
+        self.weight += images
+        for name, tensor in upload.items():
+            self.total[name] = self.total.get(name, 0) + images * tensor.double()
+
+    def gather(self, reports):
+        """Over the processes of torchrun: one all-reduce of sums, weight and reports."""
+        sums = [self.total.get(n, torch.zeros_like(t, dtype=torch.float64)).flatten()
+                for n, t in self.like.items()]
+        device = sums[0].device
+        numbers = torch.tensor([self.weight], dtype=torch.float64, device=device)
+        everything = torch.cat([*sums, reports.to(device).flatten(), numbers])
+        dist.all_reduce(everything)
+        split = everything.split([*map(len, sums), reports.numel(), 1])
+        self.weight = split[-1].item()
+        self.total = {n: s.view_as(t) for (n, t), s in zip(self.like.items(), split)}
+        return split[-2].view_as(reports).cpu()
+
+    def mean(self):
+        """name -> tensor, or {} if nobody answered."""
+        if not self.weight:
+            return {}
+        return {n: (total / self.weight).to(self.like[n].dtype) for n, total in self.total.items()}
 
 
 def sound(upload, expected):
-    """Whether an upload has exactly the tensors that the server expects, and only finite numbers in them."""
-    form = lambda state: {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-    if form(upload) != form(expected):
-        return False
-    return any(t.is_meta for t in upload.values()) or bool(torch.stack([t.isfinite().all() for t in upload.values()]).all())
+    """Whether an upload has exactly the tensors expected, and only finite numbers in them."""
+    def form(tensors):
+        return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    return form(upload) == form(expected) and all(t.isfinite().all() for t in upload.values())
 
 
 class Diverged(Exception):
     """The loss became NaN or infinite on every client of a round."""
 
 
-def run_round(config, state, stage, work, progress=0.0, share=(0, 1)):
-    """One round: broadcast, local work of the sampled clients, upload, average. Updates `state`, returns its new row.
+ANSWERED, ACCEPTED, LOSS, UPLOAD, PEAK = range(5)  # the columns of a round's reports
 
-    work(stage, message, round, client, progress) -> (upload, losses, peak_memory_bytes, number of images) is what a
-    client does. share = (rank, K) when torchrun runs K processes: each does every K-th client."""
-    began, round, average = time.perf_counter(), len(state.history) + 1, WeightedMean()
-    clients = sample_clients(config, round)
-    kept = [draw_blocks(config, stage, round, client) for client in clients]
-    trained = {name: tensor for name, tensor in state.server.items() if stage.trains(name)}
-    final = replace(stage, first=0) if config.calibrate and config.calibrate_at == "round" else stage  # nothing, or what is frozen
-    bytes_down = []  # [kept what it received, stateless] a client
-    report = np.zeros((len(clients), 4))  # [bytes up, sound, loss, peak memory] a client
-    for i, client in enumerate(clients):
-        message = broadcast(state.server, stage, kept[i])
-        bytes_down.append((nbytes(news(state, final, message, client)), nbytes(message)))
-        failed = rng(config, FAILURE, round, client).random() < config.client_failure
-        if failed or i % share[1] != share[0]:
+
+def run_round(config, state, stage, progress, kept, images_of, client=local_train):
+    """One round: send, train, collect, for each client; then average.
+
+    kept: client -> blocks that it keeps; images_of: client -> images. Under torchrun each of K
+    processes does every K-th client. Returns the reports, a row of five numbers a client."""
+    number = len(state.history) + 1
+    expected = {name: t for name, t in state.server.items() if stage.trains(name)}
+    average, reports = Average(expected), torch.zeros(len(kept), 5, dtype=torch.float64)
+    for report, one in [*zip(reports, kept)][rank()::processes()]:
+        if rng(config, FAILURE, number, one).random() < config.client_failure:
             continue
-        upload, losses, peak, images = work(stage, message, round, client, progress)
-        report[i] = nbytes(upload), sound(upload, trained), losses.mean().item(), peak
-        if report[i, 1]:
-            average.add(upload, images)
-    if share[1] > 1:
-        report = average.combine(trained, report)
-    answered, accepted = report[:, :2].T > 0
-    if answered.any() and not np.isfinite(report[answered, 2]).any():
-        raise Diverged(f"the loss became NaN or infinite on every client in round {round}")
-    state.server = {**state.server, **average.mean}
-    calibrated = calibrate(config, state, stage, work, progress, share)
-    state.history.append({
-        "round": round, "stage": stage.number, "method": config.method,
-        "loss": float(report[accepted, 2].mean()) if accepted.any() else None,
-        "active_blocks": list(range(stage.first, stage.present)), "clients": clients, "kept_blocks": kept,
-        "lost": np.array(clients)[~answered].tolist(), "rejected": np.array(clients)[answered & ~accepted].tolist(),
-        "download_bytes": float(np.mean(bytes_down, 0)[0]), "stateless_download_bytes": float(np.mean(bytes_down, 0)[1]),
-        "upload_bytes": float(report[:, 0].mean()), "calibrated": calibrated,
-        "macs": float(np.mean([config.local_epochs * macs(config, stage, k, state.shape) for k in kept])),
-        "peak_memory_bytes": int(report[:, 3].max()), "seconds": time.perf_counter() - began})
-    return state.history[-1]
+        message, images = broadcast(state.server, kept[one]), images_of(one)
+        with allocator_peak(images.device) as peak:
+            upload, losses = client(config, stage, message, images, number, one, progress)
+        report[ANSWERED], report[LOSS], report[PEAK] = 1, losses.mean().item(), peak()
+        report[UPLOAD] = sum(t.nbytes for t in upload.values()) + REPORT_BYTES
+        if sound(upload, expected):
+            report[ACCEPTED] = 1
+            average.add(upload, len(images))
+    if processes() > 1:
+        reports = average.gather(reports)
+    answered = reports[reports[:, ANSWERED] > 0]
+    if len(answered) and not answered[:, LOSS].isfinite().any():
+        raise Diverged(f"the loss became NaN or infinite on every client in round {number}")
+    state.update(average.mean())
+    return reports
 
 
-def calibrate(config, state, stage, work, progress, share):
-    """Server-side calibration (Tun et al. 2024): the server trains all present blocks on its own images.
+def federate(config, dataset, state=None, on_round=None, client=local_train, plan=stages):
+    """Train by federated rounds, and return (encoder, history).
 
-    Its work is a client's, only that everything trains; under torchrun the first process does it for all. After the
-    last round it has a cosine of its own, after every round the stage's. Returns whether it did anything."""
-    last = config.calibrate_at == "end"
-    if not config.calibrate or (last and len(state.history) + 1 < config.rounds):
-        return False
-    whole, result = replace(stage, first=0, rounds=1 if last else stage.rounds), WeightedMean()
-    if share[0] == 0:
-        upload, *_ = work(whole, state.server, len(state.history) + 1, SERVER, 0.0 if last else progress)
-        if sound(upload, state.server):
-            result.add(upload, 1)
-    if share[1] > 1:
-        result.combine(state.server, np.zeros(0))
-    state.server = {**state.server, **result.mean}
-    return result.weight > 0
-
-
-def run_rounds(config, state, work, share=(0, 1), past=None):
-    """All rounds that `state` has not seen yet, one after the other; yields each row.
-
-    past: rows whose losses end the stages (with patience), if not those of `state` itself."""
-    while len(state.history) < config.rounds:
-        done = len(state.history)
-        for stage in stages(config, state.history if past is None else past):
-            if done < stage.rounds:
-                break
-            done -= stage.rounds
-        if done == 0:
-            state.server = grow(config, state.server, state.shape, stage)
-        yield run_round(config, state, stage, work, done / stage.rounds, share)
-
-
-def holdings(config, labels):
-    """Who holds which images: client -> indices, and SERVER -> those that the server keeps if it calibrates."""
-    kept = round(config.server_share * len(labels)) if config.calibrate else 0
-    order = torch.from_numpy(rng(config, SERVER_IMAGES).permutation(len(labels)))
-    own, rest = order[:kept], order[kept:].sort().values
-    parts = data.partition(labels[rest], config.clients, config.alpha, config.seed)
-    if config.calibrate and kept < 2:
-        raise InputError(f"a server that calibrates needs at least 2 images: --server-share {config.server_share:g} "
-                         f"of {len(labels)} is {kept}")
-    return {SERVER: own, **{client: rest[part] for client, part in enumerate(parts)}}
-
-
-def federate(config, on_round=None, dataset=None, state=None):
-    """Train by federated rounds; returns (encoder, history).
-
-    on_round(row, state), if given, is called after every round. A `state` from there, or from a checkpoint, goes on
-    where it stopped."""
-    check(config)
+    state: from on_round or a checkpoint, to go on from there. on_round(row, state) is called after
+    every round and may change the server's tensors, by state.update(). client: what a client does
+    (local_train). plan(config, history): the stages (stages). Settings must have passed check()."""
     device = pick_device(config)
-    dataset = dataset or data.load(config.data, config.cache, config.images)
     images = dataset.train_images.to(device)
-    parts = holdings(config, dataset.train_labels)
-    state = state or State(dataset.shape, initial(config, dataset.shape, stages(config)[0].present))
-    state.server = {name: tensor.to(device) for name, tensor in state.server.items()}
+    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    state = state or start(config, dataset.shape, plan)
+    state.server = {name: t.to(device) for name, t in state.server.items()}
+    same_start(config, dataset, state)
 
-    def work(stage, message, round, client, progress):
-        mine = images[parts[client].to(device)]
-        one = replace(config, local_epochs=config.calibrate, align=0.0) if client == SERVER else config
-        return *local_train(one, stage, message, mine, round, client, progress), len(mine)
+    began_here = len(state.history)
 
-    share = (rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for row in run_rounds(config, state, work, share):
+    def images_of(one):
+        return images[parts[one].to(device)]
+
+    while True:
+        began, number = time.perf_counter(), len(state.history) + 1
+        stage, done = stage_of(plan(config, state.history), number - 1)
+        if stage is None:
+            return encoder_of(config, state.server, dataset.shape), state.history
+        if done == 0:
+            grow(config, state, stage)
+        kept = {one: draw_blocks(config, stage, number, one)
+                for one in sample_clients(config, number)}
+        if device.type == "cuda" and began_here == len(state.history):  # libraries' workspaces
+            client(config, stage, state.server, images[:2], number, 0)  # are no client's memory
+        down, stateless = download_bytes(state, kept)
+        reports = run_round(config, state, stage, done / stage.rounds, kept, images_of, client)
+        if device.type == "cpu":
+            most = max(len(parts[one]) for one in kept)
+            fullest = max(kept.values(), key=len)
+            reports[:, PEAK] = step_memory(config, stage, state.server, fullest, dataset.shape,
+                                           most, client)
+        row = row_of(config, state, stage, kept, reports, down, stateless)
+        row["seconds"] = time.perf_counter() - began
+        state.history.append(row)
         if on_round:
             on_round(row, state)
-    return encoder_of(config, state.server, dataset.shape), state.history
+
+
+def row_of(config, state, stage, kept, reports, down, stateless):
+    """What is noted of a round, the same names everywhere; numbers are means over its clients.
+
+    round, stage              counted from 1
+    loss                      over the local steps of the uploads accepted; None if there are none
+    present_blocks, active_blocks  those of the stage
+    clients, kept_blocks      who was sampled, and the blocks that each kept
+    lost, rejected            clients that did not answer, and whose upload was not sound
+    download_bytes            for a client that keeps what it has received
+    stateless_download_bytes  for a client that keeps nothing between rounds
+    upload_bytes              its tensors, mean loss and number of images
+    macs                      multiply-accumulates for one image, all local epochs
+    peak_memory_bytes         of the client that needs most
+    seconds                   of the round"""
+    answered, accepted = reports[:, ANSWERED] > 0, reports[:, ACCEPTED] > 0
+    clients = np.array(list(kept))
+    work = [macs(config, stage, blocks, state.shape) for blocks in kept.values()]
+    return {
+        "round": len(state.history) + 1, "stage": stage.number,
+        "loss": reports[accepted, LOSS].mean().item() if accepted.any() else None,
+        "present_blocks": list(stage.present), "active_blocks": list(stage.active),
+        "clients": clients.tolist(), "kept_blocks": [list(blocks) for blocks in kept.values()],
+        "lost": clients[~answered.numpy()].tolist(),
+        "rejected": clients[(answered & ~accepted).numpy()].tolist(),
+        "download_bytes": down, "stateless_download_bytes": stateless,
+        "upload_bytes": reports[:, UPLOAD].mean().item(),
+        "macs": config.local_epochs * float(np.mean(work)),
+        "peak_memory_bytes": int(reports[:, PEAK].max())}
 
 
 def encoder_of(config, server, shape):
-    """The encoder in a server's state, with all its blocks: evaluation and deployment always use full depth."""
-    state = {name.removeprefix("encoder."): t for name, t in server.items() if name.startswith("encoder.")}
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    with torch.device("meta"):
-        encoder = ViT(shape[1:], config.patch_size, shape[0], config.dim, depth, config.heads, config.pool)
-    encoder.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return encoder.eval()
+    """The encoder in a server's state: evaluation and deployment use every block there is."""
+    return assemble(config, server, shape).encoder.eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------- cost
+
+REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
+ZERO = "zero"      # the version of tensors that everybody knows to be 0: nothing is sent
+
+
+def download_bytes(state, kept):
+    """Bytes that a round sends down, means over clients: (keeping what it has, stateless).
+
+    Equal tensors travel once: a block that starts as a copy is what the client has, or gets
+    anyway, by another name. Notes in state.held what each client has now."""
+    current, sums = set(state.version.values()), []
+    for client, blocks in kept.items():
+        message = {state.version[name]: tensor.nbytes
+                   for name, tensor in broadcast(state.server, blocks).items()}
+        message.pop(ZERO, None)
+        held = state.held.get(client, set())
+        new = sum(size for version, size in message.items() if version not in held)
+        sums.append((new, sum(message.values())))
+        state.held[client] = (held | set(message)) & current
+    return np.mean(sums, 0).tolist()
+
 
 def macs(config, stage, kept, image_shape):
-    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count: two views, forward 1x and
-    backward 2x for what trains, forward 1x for what is frozen; linear layers and attention products. Micro-batches
-    run what trains, but for the head, forward a second time; alignment runs what was received forward once."""
+    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them.
+
+    Two views; forward 1x and backward 2x for what trains, forward 1x for what is frozen; linear
+    layers and attention products. Micro-batches run what trains, but for the head, forward twice;
+    through a frozen block above an active one the gradient passes, 1x."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
-    T = patches + 1
-    block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; query-key and attention-value products
+    T, first = patches + 1, min(stage.active)
+    block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; attention's two products
     embed = patches * config.patch_size**2 * channels * D
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
-    active, times = stage.present - stage.first, 4 if config.micro_batch else 3
-    trained = (1 if stage.first else times) * embed + (len(kept) - active + times * active) * block + 3 * head
-    return 2 * (trained + (embed + len(kept) * block + head) * (config.align > 0))
+    trained = 4 if config.micro_batch else 3
+    total = (trained if first == 0 else 1) * embed + 3 * head
+    for b in kept:
+        if b in stage.active:
+            total += trained * block
+        else:
+            total += (1 if b < first else trained - 1) * block
+    return 2 * total
 
 
-def step_memory(config, stage, kept, image_shape):
-    """Peak bytes of a client at this stage, measured by local_train on two blank batches.
+def step_memory(config, stage, server, kept, image_shape, images=0, client=local_train):
+    """Peak bytes of a client's local step; server: tensors, of which only shapes matter.
 
-    They run on torch's fake tensors, which have shapes and lifetimes but no data: the same bytes as a real step on
-    the CPU, in no time and no memory. What a GPU's allocator says of real steps is in the history."""
-    state = broadcast(initial(config, image_shape, stage.present, "meta"), stage, kept)
+    images: how many the client has; 0 means enough for whole batches."""
+    kept = stage.frozen[:len(kept) - len(stage.active)] + stage.active  # which ones does not matter
+    form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
+    return metered_step(config, stage, form, image_shape, images, client).peak
+
+
+@functools.lru_cache(maxsize=None)
+def metered_step(config, stage, form, image_shape, images=0, client=local_train):
+    """The MemoryMeter of two local steps: from the second on the optimizer has its state.
+
+    They run on torch's fake tensors, which have shapes and lifetimes but no data: the same bytes
+    as real steps on the CPU, in no time and no memory. form: pairs (name, shape) of a message."""
+    batch = min(config.batch_size, images or config.batch_size)
+    one = replace(config, local_epochs=1, batch_size=batch)
     with FakeTensorMode():
-        message = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
-        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
-        return local_train(config, stage, message, images, 0, 0)[2]
+        message = {name: torch.zeros(shape) for name, shape in form}
+        blank = torch.zeros(2 * batch, *image_shape, dtype=torch.uint8)
+        with MemoryMeter() as meter:
+            client(one, stage, message, blank, 1, 0, 0.0)
+    return meter
 
 
-def cost(config, method, image_shape, history=()):
-    """What a client that takes part in every round pays over the whole training, without training.
-
-    Replays the rounds of `method` with tensors that have shapes but no data. image_shape: (channels, height, width);
-    history: the rows of a run with patience, whose losses tell when its stages ended. What the server pays is not in it.
-    Returns a dict: download_bytes (a client that keeps what it received), stateless_download_bytes, upload_bytes,
-    macs (multiply-accumulates for one image over all local epochs) and peak_memory_bytes."""
-    check(replace(config, method=method))
-    clients = min(config.clients_per_round or config.clients, 10)  # with depth dropout, the mean over as many draws
-    config = replace(config, method=method, clients=clients, clients_per_round=0, client_failure=0.0)
-    plan = stages(config)
-    work = lambda stage, message, *_: ({n: t.clone() for n, t in message.items() if stage.trains(n)}, torch.zeros(1), 0, 1)
-    rows = list(run_rounds(config, State(image_shape, initial(config, image_shape, plan[0].present, "meta")), work, past=history))
-    fullest = {row["stage"]: max(row["kept_blocks"], key=len) for row in rows}
-    return {**{name: sum(row[name] for row in rows)
-               for name in ("download_bytes", "stateless_download_bytes", "upload_bytes", "macs")},
-            # in between, stages differ by a frozen block's parameters
-            "peak_memory_bytes": max(step_memory(config, s, fullest[s.number], image_shape) for s in {plan[0], plan[-1]})}
+@contextlib.contextmanager
+def allocator_peak(device):
+    """Yields a function for the peak bytes of a GPU's allocator since then; 0 on the CPU."""
+    if device.type != "cuda":
+        yield lambda: 0
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield lambda: torch.cuda.max_memory_allocated(device) - before
 
 
-# ----------------------------------------------------------------------------------------------- evaluation
+def cost(config, image_shape, images=0, client=local_train, plan=stages, history=(), state=None):
+    """What a client that takes part in every round pays for the whole training, without training.
+
+    Replays the rounds with tensors that have shapes but no data; with depth dropout, the mean over
+    up to ten clients' draws. images: how many the client has; history: of a run whose plan looks
+    at it; state: where to start, on the device "meta". Returns download_bytes (of a client that
+    keeps what it received), stateless_download_bytes, upload_bytes, macs (for one image, over all
+    local epochs) and peak_memory_bytes."""
+    clients = min(config.clients_per_round or config.clients, 10)
+    config = replace(config, clients=clients, clients_per_round=0, device="cpu", out="")
+    state = state or start(config, image_shape, plan, "meta")
+    sums, peak = np.zeros(4), 0
+    for number in range(1, 1 + sum(stage.rounds for stage in plan(config, history))):
+        stage, done = stage_of(plan(config, history), number - 1)
+        if done == 0:
+            grow(config, state, stage)
+        kept = {one: draw_blocks(config, stage, number, one) for one in range(clients)}
+        trained = {name: t for name, t in state.server.items() if stage.trains(name)}
+        upload = sum(t.nbytes for t in trained.values()) + REPORT_BYTES
+        work = np.mean([macs(config, stage, blocks, image_shape) for blocks in kept.values()])
+        sums += [*download_bytes(state, kept), upload, config.local_epochs * work]
+        peak = max(peak, step_memory(config, stage, state.server, max(kept.values(), key=len),
+                                     image_shape, images, client))
+        state.update(trained)
+    names = ("download_bytes", "stateless_download_bytes", "upload_bytes", "macs")
+    return {**dict(zip(names, sums.tolist())), "peak_memory_bytes": peak}
+
+
+# --------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def features(encoder, images, batch=500):
@@ -629,504 +715,400 @@ def features(encoder, images, batch=500):
     return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
 
 
-def evaluate(encode, dataset):
-    """k-NN and linear-probe accuracy in % of a function uint8 images -> features; test labels choose nothing."""
+def evaluate(encode, dataset, recipe):
+    """Accuracies in % of a function uint8 images -> features; test labels choose nothing.
+
+    knn and linear_probe on the test images; the same on test images under one random view each
+    (moved_knn, moved_probe); a linear probe with ten labels a class (ten_labels)."""
     train, test = encode(dataset.train_images), encode(dataset.test_images)
-    labels = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
-    return {"knn": knn(train, labels[0], test, labels[1]), "linear_probe": linear_probe(train, labels[0], test, labels[1])}
+    moved = encode(data.moved(dataset.test_images, recipe))
+    labels, answers = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
+    probe, moved_probe = linear_probe(train, labels, (test, answers), (moved, answers))
+    return {"knn": knn(train, labels, test, answers), "linear_probe": probe,
+            "moved_knn": knn(train, labels, moved, answers), "moved_probe": moved_probe,
+            "ten_labels": few_labels(train, labels, test, answers)}
 
 
-# ------------------------------------------------------------------------------------- settings that can be run
+# ----------------------------------------- here the method ends; settings that can be run
 
 def check(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
     for f in fields(config):
-        value, low, choices = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("choices")
-        flag = "--" + f.name.replace("_", "-")
-        if choices and value not in choices:
-            raise InputError(f"{flag} must be one of {', '.join(choices)}, it is {value!r}")
-        if low is not None and not (low <= value < math.inf):
-            raise InputError(f"{flag} must be at least {low:g}, it is {value:g}")
-    for name in ("depth_dropout", "client_failure", "first_share", "server_share"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be in [0, 1), it is {getattr(config, name):g}")
+        value, limits, flag = getattr(config, f.name), f.metadata, "--" + f.name.replace("_", "-")
+        if limits.get("choices") and value not in limits["choices"]:
+            raise InputError(f"{flag} must be one of {', '.join(limits['choices'])}, it is {value}")
+        if isinstance(value, (int, float)):
+            if not limits["low"] <= value <= limits["high"]:
+                raise InputError(f"{flag} must be from {limits['low']:g} to {limits['high']:g}, "
+                                 f"it is {value:g}")
+            if not value < limits.get("below", math.inf):
+                raise InputError(f"{flag} must be below {limits['below']}, it is {value:g}")
+    L, k = config.depth, config.blocks_per_stage
     if config.dim % config.heads:
-        raise InputError(f"--dim must be a multiple of --heads, {config.dim} is no multiple of {config.heads}")
-    if config.depth % config.blocks_per_stage:
-        raise InputError(f"--depth must be a multiple of --blocks-per-stage, "
-                         f"{config.depth} is no multiple of {config.blocks_per_stage}")
-    if config.labels_per_class and not config.finetune:
-        raise InputError("--labels-per-class is for fine-tuning: give its epochs, --finetune 40 for instance")
+        raise InputError(f"--dim must be a multiple of --heads ({config.heads}), it is "
+                         f"{config.dim}")
     if config.clients_per_round > config.clients:
-        raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), it is {config.clients_per_round}")
-    if config.rounds < len(stages(config)):
-        raise InputError(f"--rounds must be at least the number of stages ({len(stages(config))}), it is {config.rounds}")
+        raise InputError(f"--clients-per-round must be at most --clients ({config.clients}), "
+                         f"it is {config.clients_per_round}")
+    if config.method == "lasting" and (L == 1 or (L - 1) % k):
+        raise InputError("with a lasting top block, --depth must be 1 above a multiple of "
+                         f"--blocks-per-stage ({k}), it is {L}")
+    if config.method in ("fll", "progressive") and L % k:
+        raise InputError(f"--depth must be a multiple of --blocks-per-stage ({k}), it is {L}")
+    needed = len(stages(config))
+    if config.rounds < needed:
+        raise InputError(f"--rounds must be at least the number of stages ({needed}), it is "
+                         f"{config.rounds}")
     pick_device(config)
+
+
+def without_effect(config):
+    """The settings that change nothing here: nobody should believe that they were measured."""
+    plan = stages(config)
+    useless = [] if any(stage.frozen for stage in plan) else ["depth_dropout"]
+    if len(plan) == 1:
+        useless += ["new_block", "first_share"]
+    return useless + ["blocks_per_stage"] * (config.method == "e2e")
 
 
 def pick_device(config):
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if torch.device(config.device).type not in ("cpu", "cuda"):
+        device = torch.device(config.device)
+        if device.type == "cuda" and device.index is None:  # under torchrun, each its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type not in ("cpu", "cuda"):
             raise ValueError
-        return torch.empty(0, device=config.device).device
+        return torch.empty(0, device=device).device
     except (ValueError, RuntimeError, AssertionError):
-        raise InputError(f"there is no device {config.device!r} here: use cpu"
-                         + ", cuda" * torch.cuda.is_available() + " or auto") from None
+        raise InputError(f"there is no device {config.device} here: use cpu, auto or one of "
+                         f"{torch.cuda.device_count()} GPUs") from None
 
 
-# ------------------------------------------------------------------------------------------- tables of results
+# ------------------------------------------------------------------- several processes
 
-def label(config):
-    """A method's name in tables."""
-    fll = ("FLL" + f", {config.blocks_per_stage} blocks a stage" * (config.blocks_per_stage > 1)
-           + f" + FDD {config.depth_dropout:g}" * (config.depth_dropout > 0))
-    name = {"fll": fll, "progressive": "progressive", "e2e": "end-to-end" if config.clients > 1 else "centralized"}[config.method]
-    return (name + f" + calibration {config.calibrate}" * (config.calibrate > 0) + f" + alignment {config.align:g}" * (config.align > 0)
-            + f" + patience {config.patience}" * (config.patience > 0))
+def rank():
+    """This process among those that torchrun started."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-COLUMNS = {  # of the tables and of summary.json: (heading, unit's divisor, format)
-    "seeds": ("seeds", 1, ".0f"),
-    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"), "finetuned": ("fine-tuned %", 1, ".1f"),
-    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"), "download_bytes": ("down MB", 1e6, ".2f"),
-    "stateless_download_bytes": ("stateless MB", 1e6, ".2f"), "upload_bytes": ("up MB", 1e6, ".2f"), "seconds": ("seconds", 1, ".0f")}
-
-
-def table(rows):
-    """Rows {name: {column: number, numbers over seeds, or text}} as text, in the order of COLUMNS.
-
-    Numbers over seeds become their mean, accuracies with the standard deviation; {} is a row that was not run."""
-    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
-
-    def cell(column, value):
-        heading, unit, form = COLUMNS[column]
-        if isinstance(value, str):
-            return value
-        values = np.atleast_1d(value) / unit
-        spread = f" ±{np.std(values, ddof=1):{form}}" if len(values) > 1 and "%" in heading else ""
-        return f"{np.mean(values):{form}}" + spread
-
-    width = 2 + max(map(len, rows))
-    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
-    for name, row in rows.items():
-        cells = [cell(c, row[c]) if c in row else "-" for c in columns] if row else ["not run"]
-        lines.append(f"{name:<{width}}" + "".join(f"{text:>13}" for text in cells))
-    return "\n".join(lines)
-
-
-def show(config, dataset, out, rows, over="", history=()):
-    """Print and save a table, with what micro-batches would cost."""
-    if not config.micro_batch:
-        for one in (replace(config, micro_batch=16), replace(config, micro_batch=16, method="e2e")):
-            rows[label(one) + ", micro-batch 16"] = cost(one, one.method, dataset.shape, history if one.patience else ())
-    print(f"\nAccuracy on {len(dataset.test_images):,} test images{over}, and what a client paid\n{table(rows)}\n"
-          "Costs are one client's over all rounds; GMAC for one image, all epochs; down counts a client that keeps what it\n"
-          "received, stateless one that keeps nothing between rounds.")
-    rows.pop("ratio", None)
-    write(out / "summary.json", rows)
-
-
-def baseline(key, config, dataset):
-    """Accuracies of a row that needs no pre-training: raw pixels, a random encoder, supervised training from scratch."""
-    device = pick_device(config)
-    if key == "raw":
-        return evaluate(lambda images: images.to(device).flatten(1) / 255, dataset)
-    random = encoder_of(config, initial(config, dataset.shape, config.depth), dataset.shape).to(device)
-    return evaluate(lambda images: features(random, images), dataset) if key == "random" else finetuned(config, random, dataset)
-
-
-def finetuned(config, encoder, dataset):
-    """The column of fine-tuning, if it is asked for."""
-    draws = torch.Generator(pick_device(config)).manual_seed(int(rng(config, FINETUNING).integers(2**63)))
-    return {"finetuned": finetune(encoder, dataset, data.LIGHT[recipe(config)], draws, config.finetune,
-                                  labels_per_class=config.labels_per_class, amp=config.amp)} if config.finetune else {}
-
-
-def result(config, dataset, encoder, history):
-    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
-    price = cost(config, config.method, dataset.shape, history)
-    if config.clients == 1:  # no federation, nothing is sent
-        price = {name: value for name, value in price.items() if "bytes" not in name or "memory" in name}
-    return {**evaluate(lambda images: features(encoder, images), dataset), **finetuned(config, encoder, dataset), **price,
-            "seconds": sum(row["seconds"] for row in history)}
-
-
-# ------------------------------------------------------------------------------------------------ run folders
-
-def write(path, content):
-    """Write tensors (.pt) or JSON under a temporary name, then rename: a reader never sees half a file."""
-    if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(content, buffer) if path.suffix == ".pt" else buffer.write(json.dumps(content, indent=1).encode())
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-
-
-def saved_settings(folder):
-    """What config.json of a run folder says, {} where there is nothing yet; InputError for a folder that is no run's."""
-    if not folder.exists() or folder.is_dir() and all(p.suffix == ".tmp" for p in folder.iterdir()):
-        return {}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        saved = json.loads((folder / "config.json").read_text())
-        if asdict(Config()).keys() <= saved.keys():
-            return saved
-    raise InputError(f"{folder} exists and is not a run folder: choose another --out (a comparison goes on by its own command)")
-
-
-def refuse_changes(path, saved, asked, but=()):
-    """Raise InputError if a setting that shapes the result, `but` those named, differs from the saved one."""
-    for name, value in asked.items():
-        if name not in ("device", "out", "cache", *but) and value != saved.get(name):
-            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was made with {saved.get(name)}: "
-                             "go on without that flag, or start anew with another --out")
-
-
-def load_checkpoint(folder, config, shape):
-    """The State to go on from, of this very configuration (but for device, folders and fine-tuning); None if there is none."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state = saved["config"], State(saved["shape"], saved["server"], saved["history"],
-                                                 {client: set(names) for client, names in saved["held"].items()})
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}): "
-                         "restore it, or train anew with another --out") from None
-    refuse_changes(path, settings, asdict(config), but=("finetune", "labels_per_class"))
-    if tuple(state.shape) != shape:
-        raise InputError(f"{path} was trained on images of shape {tuple(state.shape)}, --data has {shape}: train anew with another --out")
-    return state
-
-
-def open_folder(folder, config, shape, **more):
-    """Make the folder of a training, or find that it cannot be written, before anything is trained."""
-    needed = 4 * nbytes(initial(config, shape, config.depth, "meta"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < needed:
-            raise InputError(f"the disk of {folder} is too full, a run needs {needed / 1e6:.0f} MB: free some or choose another --out")
-        write(folder / "config.json", {**asdict(config), "image_shape": shape, **more})
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-
-
-def load_encoder(run):
-    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
-    saved = saved_settings(Path(run))
-    state = torch.load(Path(run) / "encoder.pt", map_location="cpu", weights_only=True)
-    config = Config(**{f.name: saved[f.name] for f in fields(Config)})
-    return encoder_of(config, {f"encoder.{name}": tensor for name, tensor in state.items()}, saved["image_shape"])
-
-
-# ------------------------------------------------------------------------------ what the command line can do
-
-def load_dataset(config):
-    """The data set of a configuration that can be run; under torchrun one process of a machine downloads."""
-    check(config)
-    if config.data in data.ARCHIVES:
-        initial(config, (3, 32, 32), 1, "meta")  # before downloading, see that the patch size fits
-    later = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
-    if later:
-        dist.barrier()
-    dataset = data.load(config.data, config.cache, config.images)
-    if dist.is_initialized() and not later:
-        dist.barrier()
-    return dataset
-
-
-def strip(row):
-    """Which blocks each client of a round held: A active, + frozen, . dropped (the first three clients)."""
-    strips = ["".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
-                      for b in range(1 + max(row["active_blocks"]))) for kept in row["kept_blocks"][:3]]
-    return " ".join(strips) + " ..." * (len(row["kept_blocks"]) > 3)
-
-
-def remarks(row):
-    """What was out of the ordinary in a round, in words."""
-    said = [f"client {c} lost" for c in row["lost"]] + [f"client {c} rejected: NaN, infinity or a wrong shape" for c in row["rejected"]]
-    said += ["no sound answer: the round changes nothing"] * (row["loss"] is None)
-    said += ["calibrated"] * row["calibrated"]
-    return "  (" + "; ".join(said) + ")" if said else ""
-
-
-def train(config, dataset, out, state=None):
-    """Train one method, from `state` on if given, one line a round, and leave a run folder. Returns (encoder, history)."""
-    plan, began, already = stages(config), time.perf_counter(), len(state.history) if state else 0
-    work = [macs(config, stage, range(stage.present), dataset.shape) for stage in plan for _ in range(stage.rounds)]
-    print(f"\n{label(config)}: {config.rounds} rounds in {len(plan)} stages; blocks are A active, + frozen, . dropped; "
-          f"bytes and peak memory are a client's\n{'stage':>6} {'round':>8} {'active':>7} {'clients':>8} {'loss':>6} "
-          f"{'down MB':>8} {'up MB':>7} {'peak MiB':>9} {'seconds':>8} {'left s':>7}  blocks of each client")
-
-    def after(row, state):
-        write(out / "checkpoint.pt", {"config": asdict(config), "shape": state.shape, "server": state.server,
-                                      "history": state.history, "held": {c: sorted(h) for c, h in state.held.items()}})
-        done = row["round"]
-        left = (time.perf_counter() - began) * sum(work[done:]) / sum(work[already:done])
-        first, last = row["active_blocks"][0] + 1, row["active_blocks"][-1] + 1
-        answered = len(row["clients"]) - len(row["lost"]) - len(row["rejected"])
-        print(f"{row['stage']:>3}/{len(plan):<2} {done:>4}/{config.rounds:<3} {f'{first}-{last}' if last > first else last:>7} "
-              f"{answered:>4}/{config.clients:<3} {'  none' if row['loss'] is None else format(row['loss'], '6.3f')} "
-              f"{row['download_bytes'] / 1e6:>8.3f} {row['upload_bytes'] / 1e6:>7.3f} "
-              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f} {left:>7.0f}  {strip(row)}{remarks(row)}",
-              flush=True)
-
-    encoder, history = federate(config, after, dataset, state)
-    write(out / "history.json", history)
-    write(out / "encoder.pt", {name: tensor.cpu() for name, tensor in encoder.state_dict().items()})
-    return encoder, history
-
-
-def run(config, resume):
-    """Train one method, and show it next to what needs no pre-training and to what end-to-end training costs."""
-    out = Path(config.out or f"runs/{Path(config.data).stem}-{config.method}-seed{config.seed}")
-    dataset = load_dataset(config)
-    holdings(config, dataset.train_labels)
-    if saved_settings(out).get("compare"):
-        raise InputError(f"{out} is a row of the comparison in {out.parent}: choose another --out")
-    if not (resume or (out / "summary.json").exists()) and (out / "checkpoint.pt").exists():  # below, summary.json goes last
-        raise InputError(f"{out} holds an unfinished run: continue it with --resume {out}, or choose another --out")
-    state = load_checkpoint(out, config, dataset.shape) if resume else None
-    open_folder(out, config, dataset.shape)
-    if not resume and rank() == 0:
-        for name in ("checkpoint.pt", "encoder.pt", "history.json", "summary.json"):
-            (out / name).unlink(missing_ok=True)
-    stop_on_interrupt(f"python fllw.py --resume {out}")
-    encoder, history = train(config, dataset, out, state)
-    if rank():
-        return
-    rows = {name: baseline(key, config, dataset) for key, name in BASELINES.items() if key != "scratch" or config.finetune}
-    mine = rows[label(config)] = result(config, dataset, encoder, history)
-    if config.method != "e2e":
-        whole = replace(config, method="e2e")
-        rows[label(whole)] = price = cost(whole, "e2e", dataset.shape)
-        rows["ratio"] = {c: f"{price[c] / mine[c]:.1f}x" for c in price if mine.get(c)}
-    show(config, dataset, out, rows, history=history)
-    print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, history.json the rounds")
-
-
-BASELINES = {"raw": "raw pixels", "random": "random encoder", "scratch": "scratch"}
-ROWS = (*BASELINES, "centralized", "e2e", "progressive", "fll", "fdd", "fdd-half", "fdd-epochs", "2-blocks", "2-blocks-epochs",
-        "align", "patience", "calibrate", "e2e-calibrate", "e2e-bytes", "e2e-compute", "fdd-bytes", "fdd-compute")
-
-
-def variants(config, shape):
-    """The rows of a comparison that these settings allow: key -> (name in the table, settings)."""
-    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1, calibrate=0, align=0.0, patience=0)
-    fdd, e2e, epochs = replace(fll, depth_dropout=0.25), replace(fll, method="e2e"), config.local_epochs
-    rows = {
-        **dict.fromkeys(BASELINES, config),
-        "centralized": replace(e2e, clients=1, clients_per_round=0), "e2e": e2e, "progressive": replace(fll, method="progressive"),
-        "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
-        "fdd-epochs": replace(fdd, local_epochs=3 * epochs),  # spends most of the compute that frozen blocks save
-        "2-blocks": replace(fll, blocks_per_stage=2),
-        "2-blocks-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * epochs),  # likewise
-        "align": replace(fll, align=1.0), "patience": replace(fll, patience=3),
-        "calibrate": replace(fdd, calibrate=60), "e2e-calibrate": replace(e2e, calibrate=60)}
-    names = {key: label(one) + f", {one.local_epochs} local epochs" * (one.local_epochs != epochs) for key, one in rows.items()} | BASELINES
-    price = {key: cost(replace(rows[key], seed=0), rows[key].method, shape) for key in ("e2e", "fdd")}
-    for mine, other in (("e2e", "fdd"), ("fdd", "e2e")):  # as many rounds as the other method's bytes, or compute, pay for
-        for measure, columns in (("bytes", ("download_bytes", "upload_bytes")), ("compute", ("macs",))):
-            ratio = sum(price[other][c] for c in columns) / sum(price[mine][c] for c in columns)
-            rounds, key = max(len(stages(rows[mine])), round(config.rounds * ratio)), f"{mine}-{measure}"
-            rows[key], names[key] = replace(rows[mine], rounds=rounds), f"{names[mine]}, {rounds} rounds: {measure} of {names[other]}"
-    odd = config.depth % 2 > 0
-    impossible = {"scratch": config.finetune == 0, "2-blocks": odd, "2-blocks-epochs": odd, "centralized": config.clients == 1}
-    return {key: (names[key], rows[key]) for key in ROWS if not impossible.get(key)}
-
-
-def compare(config, keys, seeds):
-    """Train the rows `keys` (all if empty) with several seeds, each in a run folder of its own; one table of all that is finished."""
-    out = Path(config.out or f"runs/{Path(config.data).stem}-compare")
-    dataset = load_dataset(config)
-    plan = variants(config, dataset.shape)
-    if impossible := [key for key in keys if key not in plan]:
-        raise InputError(f"the row {impossible[0]} cannot be run: scratch needs --finetune, 2-blocks an even --depth, centralized --clients above 1")
-    there = sorted(out.iterdir()) if out.is_dir() else []
-    for path in [p for p in there if not p.name.startswith("summary.json")] or there:  # all are rows, made with these settings
-        if saved := saved_settings(path):
-            key, seed = saved.get("compare"), saved["seed"]
-            if key not in plan or path.name != f"{key}-seed{seed}":
-                raise InputError(f"{path} is not a row of this comparison: choose another --out")
-            refuse_changes(path, saved, asdict(replace(plan[key][1], seed=seed)))
-    jobs, done = [], {}
-    for seed, key in itertools.product(seeds, plan):
-        folder, one = out / f"{key}-seed{seed}", replace(plan[key][1], seed=seed)
-        if key == "raw" and seed != seeds[0]:  # draws nothing
-            continue
-        if (folder / "summary.json").exists():
-            done[key, seed] = json.loads((folder / "summary.json").read_text())
-        elif key in (keys or plan):
-            holdings(one, dataset.train_labels)
-            jobs.append((key, one, folder, load_checkpoint(folder, one, dataset.shape)))
-    stop_on_interrupt("the same command")
-    for key, one, folder, state in jobs:
-        open_folder(folder, one, dataset.shape, compare=key)
-        trained = None if key in BASELINES else train(one, dataset, folder, state)
-        if rank() == 0:
-            done[key, one.seed] = result(one, dataset, *trained) if trained else baseline(key, one, dataset)
-            write(folder / "summary.json", done[key, one.seed])
-    if rank():
-        return
-    rows = {}
-    for key, (name, _) in plan.items():
-        found = [done[key, seed] for seed in seeds if (key, seed) in done]
-        rows[name] = {"seeds": len(found), **{c: [row[c] for row in found] for c in found[0]}} if found else {}
-    show(config, dataset, out, rows, f", mean ± standard deviation over seeds of {', '.join(map(str, seeds))}" * (len(seeds) > 1))
-    print(f"Everything is in {out}: summary.json is this table, the other folders are its rows, seed by seed")
-
-
-def bare_loop(config, stage, learner, views, steps):
-    """What a local step has to compute, and nothing else: no client, no augmentation, no micro-batches, no meter."""
-    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], fused=True)
-    for _ in range(steps):
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp):
-            with torch.set_grad_enabled(stage.first == 0):
-                tokens = learner.encoder.lower(views, stage.first)
-            z = learner.head(learner.encoder.upper(tokens, stage.first))
-        optimizer.zero_grad()
-        nt_xent(*z.chunk(2), config.temperature).backward()
-        optimizer.step()
-
-
-def benchmark(config, turns=3, steps=3, batches=(64, 256, 512)):
-    """Seconds of a local step at the first, middle and last stage of every method (medians of turns, taken in turn),
-    next to a bare loop over the same model and to the share that macs() predicts; then the memory of a step."""
-    check(config)
-    shape = (3, 32, 32) if config.data in data.ARCHIVES else data.load(config.data).shape
-    device, batch = pick_device(config), config.batch_size
-    images = torch.randint(0, 256, ((2 + steps) * batch, *shape), dtype=torch.uint8, device=device)
-    views = data.normalise(images[:batch].repeat(2, 1, 1, 1))
-    methods = {}  # name -> [(settings, stage, kept blocks, message)]
-    for method, p in (("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", config.depth_dropout or 0.5)):
-        one = replace(config, method=method, depth_dropout=p, local_epochs=1)
-        plan = stages(one)
-        for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
-            kept = [*range(round((1 - p) * stage.first)), *range(stage.first, stage.present)]  # as many as on average
-            message = broadcast(initial(one, shape, stage.present), stage, kept)
-            methods.setdefault(label(one), []).append((one, stage, kept, {name: t.to(device) for name, t in message.items()}))
-
-    def clock(function, *arguments):
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        wait()
-        began = time.perf_counter()
-        function(*arguments)
-        wait()
-        return time.perf_counter() - began
-
-    def measure(one, stage, kept, message):
-        """[seconds of a local step, as a multiple of a bare one, seconds of broadcasting and averaging, macs of an image]"""
-        learner, average = receive(one, message, shape, stage), WeightedMean()
-        local, bare = [], []
-        for n in (2, 2 + steps):
-            local.append(clock(local_train, one, stage, message, images[:n * batch], 1, 0))
-            bare.append(clock(bare_loop, one, stage, learner, views, n))
-        step, least = (local[1] - local[0]) / steps, (bare[1] - bare[0]) / steps
-        server = clock(lambda: [average.add(broadcast(message, stage, kept), 1) for _ in range(2)]) / 2
-        return step, step / least, server, macs(one, stage, kept, shape)
-
-    taken = [{name: [measure(*case) for case in cases] for name, cases in methods.items()} for _ in range(turns)]
-    spent = {name: np.median([turn[name] for turn in taken], 0) for name in methods}
-    whole, *_, whole_macs = next(iter(spent.values()))[0]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{batch} images a step, {shape[0]}x{shape[1]}x{shape[2]}, width {config.dim}, {config.depth} blocks, micro-batch "
-          f"{config.micro_batch or 'none'}, on {where}\n"
-          f"{'':<18}{'stage':>6}{'s/step':>9}{'images/s':>10}{'TFLOP/s':>9}{'step/bare':>11}{'of e2e':>8}{'predicted':>11}{'server s':>10}")
-    for name, cases in methods.items():
-        lines = [(stage.number, row) for (_, stage, _, _), row in zip(cases, spent[name])]
-        for stage, (step, ratio, server, work) in lines + [("mean", spent[name].mean(0))] * (len(cases) > 1):
-            print(f"{name:<18}{stage:>6}{step:>9.3f}{batch / step:>10.0f}{2e-12 * work * batch / step:>9.2f}"
-                  f"{ratio:>11.2f}{step / whole:>8.2f}{work / whole_macs:>11.2f}{server:>10.4f}")
-    print(f"\nPeak memory of a local step, MiB (at the last stage), plain and with micro-batches of 16 images\n"
-          f"{'':<18}{'batch':>6}{'plain':>9}{'ratio':>8}{'micro':>9}{'ratio':>8}")
-    for batch, (name, cases) in itertools.product(batches, methods.items()):
-        one, stage, kept, _ = cases[-1]
-        plain, micro = (step_memory(replace(one, batch_size=batch, micro_batch=m), stage, kept, shape) / 2**20 for m in (0, 16))
-        top = plain if one.method == "e2e" else top
-        print(f"{name:<18}{batch:>6}{plain:>9.0f}{top / plain:>7.1f}x{micro:>9.0f}{top / micro:>7.1f}x", flush=True)
-
-
-# ------------------------------------------------------------------------------------------- the command line
-
-def stop_on_interrupt(how):
-    """Let Ctrl-C end the program at once and say how to go on: checkpoints are whole at any moment."""
-    def stop(*_):
-        print(f"\ninterrupted; go on with: {how}", file=sys.stderr, flush=True)
-        os._exit(130)
-    signal.signal(signal.SIGINT, stop)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
-
-def parse(arguments=None):
-    """The command line: one flag for every field of Config, and the modes. Returns (function, its arguments)."""
-    parser = Parser(prog="fllw.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--compare", nargs="*", choices=ROWS, metavar="ROW", help="train several methods side by side, all or "
-                        f"the named ones; the same command goes on and reads back what is finished: {' '.join(ROWS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="the seeds of --compare (default: --seed)")
-    parser.add_argument("--benchmark", action="store_true", help="measure seconds and memory of a local step of every method")
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from: paper is ViT-Tiny on CIFAR-10 as in Tun et al. 2024")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its folder")
-    for f in fields(Config):
-        form = ({"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else
-                {"type": type(f.default), "choices": f.metadata.get("choices")})
-        parser.add_argument("--" + f.name.replace("_", "-"), **form, help=f"{f.metadata['help']} (default: {f.default!r})")
-    given = vars(parser.parse_args(arguments))
-    given = {**PRESETS.get(given.pop("preset", None), {}), **given}
-    comparing, seeds, resume = given.pop("compare", None), given.pop("seeds", None), given.pop("resume", None)
-    if given.pop("benchmark", False):
-        if comparing is not None or seeds or resume:
-            raise InputError("--benchmark trains nothing: leave out --compare, --seeds and --resume")
-        return benchmark, (Config(**given),)
-    if comparing is not None and (own := {"method", "depth_dropout", "blocks_per_stage", "calibrate", "align", "patience"} & given.keys()):
-        raise InputError(f"--compare sets --{min(own).replace('_', '-')} itself, row by row: leave it out")
-    if seeds and (comparing is None or "seed" in given or min(seeds) < 0 or len(set(seeds)) < len(seeds)):
-        raise InputError("--seeds takes the place of --seed for --compare: different whole numbers, from 0 on")
-    if resume is not None:
-        saved = saved_settings(Path(resume))
-        if not saved or saved.get("compare"):
-            raise InputError(f"{resume!r} is not a run folder of its own: --resume takes that of a single run, a comparison goes on by its command")
-        if comparing is not None or "out" in given:
-            raise InputError("--resume goes on with a run as it is, in its own folder: leave out --compare and --out")
-        refuse_changes(resume, saved, given, but=("finetune", "labels_per_class"))
-        given = {**{f.name: saved[f.name] for f in fields(Config)}, **given, "out": resume}
-    config = Config(**given)
-    return (run, (config, resume is not None)) if comparing is None else (compare, (config, comparing, seeds or [config.seed]))
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def join_processes(config):
     """Under torchrun, join the other processes; the first one alone prints and writes."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        cuda = pick_device(config).type == "cuda"
-        if cuda:
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                raise InputError(f"there are {torch.cuda.device_count()} GPUs: --nproc-per-node must be at most that, or use --device cpu")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while the first evaluates
+        device = pick_device(config)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # they wait for evaluations
         if rank():
             sys.stdout = open(os.devnull, "w")
 
 
-def main(arguments=None):
+def same_start(config, dataset, state):
+    """Raise InputError unless all processes start from the same round, settings and tensors."""
+    if processes() == 1:
+        return
+    sums = [tensor.double().sum().item() for tensor in state.server.values()]
+    settings = {**belongs_to(config, dataset), "held": sorted(map(str, state.held.items()))}
+    text = json.dumps([len(state.history), settings, sums], sort_keys=True, default=str)
+    mine = list(hashlib.sha256(text.encode()).digest())
+    least = torch.tensor(mine, device=next(iter(state.server.values())).device)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise InputError("the processes differ in round, settings, images or checkpoint (this one "
+                         f"has done {len(state.history)} rounds): give all the same files")
+
+
+# ------------------------------------------------------------------------- run folders
+
+def write(path, content):
+    """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
+    if rank():
+        return
+    buffer = io.BytesIO()
+    if path.suffix == ".pt":
+        torch.save(content, buffer)
+    else:
+        buffer.write(json.dumps(content, indent=1).encode())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def belongs_to(config, dataset, experiment=""):
+    """What a run folder belongs to: settings, images, and the experiment that made it."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "out", "cache")}
+    return {**settings, "experiment": experiment, "image_shape": list(dataset.shape),
+            "images_sha256": dataset.digest()}
+
+
+def saved_settings(folder):
+    """The config.json of a run folder, {} where there is nothing yet; else InputError."""
     try:
-        function, settings = parse(arguments)
-        join_processes(settings[0])
-        function(*settings)
+        if not folder.exists() or not any(p.suffix != ".tmp" and p.name != "lock"
+                                          for p in folder.iterdir()):
+            return {}
+        saved = json.loads((folder / "config.json").read_text())
+        if {"experiment", "images_sha256", "image_shape"} <= saved.keys():
+            return saved
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise InputError(f"{folder} exists and is not a run folder: choose another --out")
+
+
+def refuse_another(folder, mine):
+    """Raise InputError if the folder belongs to other settings or images."""
+    saved = saved_settings(folder)
+    for name in mine if saved else ():
+        if saved.get(name) != mine[name]:
+            what = {"images_sha256": "other images", "image_shape": "other images"}.get(
+                name, f"{name.replace('_', '-')} {saved.get(name)!r}, not {mine[name]!r}")
+            raise InputError(f"{folder} holds a run with {what}: choose another --out")
+
+
+@contextlib.contextmanager
+def run_folder(config, dataset, experiment=""):
+    """Open the folder of a run for this process alone: yields (folder, State to go on from).
+
+    The folder belongs to settings and images; others are refused before anything is touched."""
+    mine = belongs_to(config, dataset, experiment)
+    default = f"{Path(config.data).stem}-{label(config)}-seed{config.seed}".lower()
+    folder = Path(config.out or "runs/" + default.replace(" ", "-").replace("+-", ""))
+    refuse_another(folder, mine)
+    needed = 5 * sum(t.nbytes for t in initial(config, dataset.shape, "meta").values())
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if shutil.disk_usage(folder).free < needed:
+                    raise InputError(f"the disk of {folder} is too full, a run needs "
+                                     f"{needed / 1e6:.0f} MB: free some or choose another --out")
+                stack.enter_context(data.lock(folder / "lock", wait=False))
+                refuse_another(folder, mine)
+                for left_behind in folder.glob("*.tmp"):
+                    left_behind.unlink()
+                write(folder / "config.json", mine)
+            except BlockingIOError:
+                raise InputError(f"another process is at work in {folder}: wait for it or choose "
+                                 "another --out") from None
+            except OSError as error:
+                raise InputError(f"cannot write to {folder} ({error.strerror}): choose another "
+                                 "--out") from None
+        if processes() > 1:
+            dist.barrier()
+        yield folder, load_checkpoint(folder, config, dataset.shape)
+
+
+def load_checkpoint(folder, config, shape):
+    """The State to go on from, or None; InputError if it is damaged or does not fit."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state = State(**torch.load(path, map_location="cpu", weights_only=True))
+        state.held = {one: set(versions) for one, versions in state.held.items()}
+        expected = initial(config, shape, "meta")
+        for name, tensor in state.server.items():
+            like = expected.get(name, tensor)  # an experiment may have tensors of its own
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise ValueError(f"{name} has the wrong shape")
+        if state.version.keys() != state.server.keys() or tuple(state.shape) != shape:
+            raise ValueError("its parts do not fit each other")
+        encoder_of(config, state.server, shape)
+        return state
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path} is damaged or not a checkpoint of this run "
+                         f"({type(error).__name__}): restore it, or choose another --out") from None
+
+
+def load_encoder(folder):
+    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
+    saved, path = saved_settings(Path(folder)), Path(folder) / "encoder.pt"
+    try:
+        config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        head = {n: t for n, t in initial(config, saved["image_shape"]).items() if "head." in n[:5]}
+        return encoder_of(config, named | head, saved["image_shape"])
+    except Exception as error:
+        raise InputError(f"{folder} holds no whole run ({type(error).__name__}): train it with "
+                         f"python fllw.py --out {folder}") from None
+
+
+# ------------------------------------------------------------------- the command line
+
+COLUMNS = {  # of a table: (heading, unit's divisor, format)
+    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"),
+    "moved_knn": ("moved k-NN", 1, ".1f"), "moved_probe": ("moved probe", 1, ".1f"),
+    "ten_labels": ("10 labels", 1, ".1f"), "finetuned": ("fine-tuned", 1, ".1f"),
+    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"),
+    "download_bytes": ("down MB", 1e6, ".1f"), "upload_bytes": ("up MB", 1e6, ".1f"),
+    "stateless_download_bytes": ("stateless MB", 1e6, ".1f"), "seconds": ("seconds", 1, ".0f")}
+
+
+def table(rows):
+    """Rows {name: {column: number or text}} as text, in the order of COLUMNS."""
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    width = 2 + max(map(len, rows))
+    lines = [" " * width + "".join(f"{COLUMNS[c][0]:>13}" for c in columns)]
+    for name, row in rows.items():
+        cells = []
+        for c in columns:
+            value, (_, unit, form) = row.get(c, "-"), COLUMNS[c]
+            cells.append(value if isinstance(value, str) else format(value / unit, form))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def label(config):
+    """A method's name in tables."""
+    names = {"fll": "FLL", "progressive": "progressive", "lasting": "lasting top",
+             "e2e": "end-to-end" if config.clients > 1 else "centralized"}
+    name = names[config.method]
+    if config.blocks_per_stage > 1 and "blocks_per_stage" not in without_effect(config):
+        name += f" {config.blocks_per_stage} blocks a stage"
+    if config.depth_dropout and "depth_dropout" not in without_effect(config):
+        name += f" + FDD {config.depth_dropout:g}"
+    return name
+
+
+def load_dataset(config):
+    """The data set of settings that can be run; of several processes one downloads."""
+    check(config)
+    if config.data in data.ARCHIVES:
+        initial(config, (3, 32, 32), "meta")  # before downloading, see that the patch size fits
+    return data.load(config.data, config.cache, config.images)
+
+
+def strip(row):
+    """Which blocks each of a round's first three clients held: A active, + frozen, . dropped."""
+    strips = []
+    for kept in row["kept_blocks"][:3]:
+        strips.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
+                              for b in row["present_blocks"]))
+    more = " ..." if len(row["kept_blocks"]) > 3 else ""
+    for what in ("lost", "rejected"):
+        if row[what]:
+            more += f"  ({what}: {', '.join(map(str, row[what]))})"
+    return " ".join(strips) + more
+
+
+def train(config, dataset, folder, state=None, on_round=None, client=local_train, plan=stages):
+    """federate(), one line a round, leaving a checkpoint after each and the encoder at the end."""
+    print(f"\n{label(config)}; blocks are A active, + frozen, . dropped; bytes and peak memory are "
+          f"a client's\nstage  round  clients   loss  down MB    up MB  peak MiB  seconds  blocks")
+
+    def after(row, state):
+        if on_round:
+            on_round(row, state)
+        write(folder / "checkpoint.pt", {**vars(state), "held": {
+            one: sorted(versions) for one, versions in state.held.items()}})
+        answered = len(row["clients"]) - len(row["lost"]) - len(row["rejected"])
+        loss = "  none" if row["loss"] is None else f"{row['loss']:6.3f}"
+        print(f"{row['stage']:>5} {row['round']:>6} {answered:>8} {loss} "
+              f"{row['download_bytes'] / 1e6:>8.3f} {row['upload_bytes'] / 1e6:>8.3f} "
+              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f}  {strip(row)}",
+              flush=True)
+
+    encoder, history = federate(config, dataset, state, after, client, plan)
+    write(folder / "history.json", history)
+    write(folder / "encoder.pt", {name: t.cpu() for name, t in encoder.state_dict().items()})
+    return encoder, history
+
+
+def result(config, dataset, encoder, history, client=local_train, plan=stages):
+    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
+    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    price = cost(config, dataset.shape, max(map(len, parts)), client, plan, history)
+    if config.clients == 1:  # no federation, nothing is sent
+        price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
+    return {**evaluate(lambda images: features(encoder, images), dataset, recipe(config)), **price,
+            "seconds": sum(row["seconds"] for row in history)}
+
+
+def baseline(name, config, dataset):
+    """Accuracies of what needs no training: "raw" pixels or the "random" encoder."""
+    device = pick_device(config)
+    if name == "raw":
+        return evaluate(lambda x: x.to(device).flatten(1) / 255, dataset, recipe(config))
+    encoder = encoder_of(config, initial(config, dataset.shape), dataset.shape).to(device)
+    return evaluate(lambda images: features(encoder, images), dataset, recipe(config))
+
+
+def run(config):
+    """Train one method, and show it beside raw pixels and what end-to-end training costs."""
+    dataset = load_dataset(config)
+    with run_folder(config, dataset) as (out, state):
+        if (out / "summary.json").exists():
+            print(f"{out} is finished:\n{table(json.loads((out / 'summary.json').read_text()))}")
+            return
+        stop_on_interrupt()
+        encoder, history = train(config, dataset, out, state)
+        if rank():
+            return
+        rows = {"raw pixels": baseline("raw", config, dataset),
+                "random encoder": baseline("random", config, dataset)}
+        mine = rows[label(config)] = result(config, dataset, encoder, history)
+        if config.method != "e2e":
+            whole = replace(config, method="e2e")
+            price = rows["end-to-end"] = cost(whole, dataset.shape)
+            rows["ratio"] = {c: f"{price[c] / mine[c]:.1f}x" for c in price if mine.get(c)}
+        print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n"
+              f"{table(rows)}\nCosts are one client's over all rounds; GMAC for one image, all "
+              "epochs; down counts a client that\nkeeps what it received, stateless one that keeps "
+              "nothing between rounds; moved: each test image\nunder a random view.")
+        write(out / "summary.json", rows)
+        print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, "
+              "history.json the rounds")
+
+
+def stop_on_interrupt():
+    """Let Ctrl-C end the program at once and say how to go on: checkpoints are always whole."""
+    def stop(*_):
+        print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)
+    signal.signal(signal.SIGINT, stop)
+
+
+class Parser(argparse.ArgumentParser):
+    """A flag for every field of Config, in groups; `settings` makes a Config of them."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=description, argument_default=argparse.SUPPRESS, **more)
+        for f in fields(Config):
+            if "group" in f.metadata:
+                group = self.add_argument_group(f.metadata["group"])
+            form = dict(type=type(f.default), choices=f.metadata.get("choices"))
+            if isinstance(f.default, bool):
+                form = dict(action=argparse.BooleanOptionalAction)
+            text = f"{f.metadata['help']} (default: {f.default!r})"
+            group.add_argument("--" + f.name.replace("_", "-"), help=text, **form)
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def command(body):
+    """Run a command: a wrong input is one sentence and exit status 2, what fails is status 1."""
+    try:
+        body()
     except InputError as error:
-        print(f"fllw.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except Diverged as error:
-        print(f"fllw.py: {error}; the rounds before are saved: try anew with another --out and a smaller --lr", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"{error}; the rounds before are saved: try another --out and a smaller --lr")
     except OSError as error:
-        print(f"fllw.py: {error}; what was saved before is whole: --resume, or a comparison's own command, goes on", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"{error}; what was saved before is whole: the same command goes on")
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
     finally:
@@ -1134,5 +1116,17 @@ def main(arguments=None):
             dist.destroy_process_group()
 
 
+def main(arguments=None):
+    given = vars(Parser(__doc__.split("\n\n")[0]).parse_args(arguments))
+    config = Config(**given)
+    check(config)
+    for name in without_effect(config):
+        if name in given:
+            raise InputError(f"--{name.replace('_', '-')} changes nothing with --method "
+                             f"{config.method} and --depth {config.depth}: leave it out")
+    join_processes(config)
+    run(config)
+
+
 if __name__ == "__main__":
-    main()
+    command(main)
