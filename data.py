@@ -19,10 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 class InputError(Exception):
     """The user asked for what cannot be done; the message is one sentence that says what can."""
-
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
@@ -47,12 +45,10 @@ class Dataset(NamedTuple):
             result.update(tensor.contiguous().numpy())
         return result.hexdigest()
 
-
 # ------------------------------------------------------------------------------------------ loading
 
 MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-
 
 class Archive(NamedTuple):
     """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
@@ -62,7 +58,6 @@ class Archive(NamedTuple):
     train: tuple  # members of the archive
     test: tuple
     label_bytes: int  # the last of them is the class
-
 
 ARCHIVES = {
     "cifar10": Archive(
@@ -75,7 +70,6 @@ ARCHIVES = {
         "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ("cifar-100-binary/train.bin",), ("cifar-100-binary/test.bin",), 2),
 }
-
 
 def load(name, cache="~/.cache/fllw", images=0):
     """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
@@ -100,7 +94,6 @@ def load(name, cache="~/.cache/fllw", images=0):
         dataset = dataset._replace(train_images=dataset.train_images[kept],
                                    train_labels=dataset.train_labels[kept])
     return dataset
-
 
 def load_npz(path):
     """Read train_images, train_labels, test_images, test_labels (MedMNIST's layout) from an .npz.
@@ -131,7 +124,6 @@ def load_npz(path):
     n = len(labels["train"])
     return Dataset(images["train"], numbers[:n], images["test"], numbers[n:])
 
-
 def check_images(images, what):
     """uint8 [N, H, W] or [N, H, W, C] from a file -> uint8 [N, C, H, W]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
@@ -140,7 +132,6 @@ def check_images(images, what):
     if images.ndim == 3:
         images = images[..., None]
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
 
 def check_labels(labels, n, what):
     """n whole numbers [n] or [n, 1] of any integer type from a file -> int64 [n]."""
@@ -153,7 +144,6 @@ def check_labels(labels, n, what):
         raise InputError(f"{what} must be below 2^63, the largest is {labels.max()}")
     return labels.astype(np.int64)
 
-
 def load_cifar(archive, path):
     """Read the records straight out of the archive; nothing is unpacked or unpickled."""
     def read(members):
@@ -165,7 +155,6 @@ def load_cifar(archive, path):
         return torch.from_numpy(pixels), torch.from_numpy(labels)
     return Dataset(*read(archive.train), *read(archive.test))
 
-
 @contextlib.contextmanager
 def lock(path, wait=True):
     """Hold the file `path` for this process alone; a process that is killed lets go of it.
@@ -174,7 +163,6 @@ def lock(path, wait=True):
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-
 
 def download(archive, cache):
     """Fetch an archive once, resuming where an earlier attempt stopped; its verified path.
@@ -201,7 +189,6 @@ def download(archive, cache):
                          "the command again")
     return path
 
-
 def fetch(archive, part, chunk=1 << 20):
     """Append what `part` still lacks of the archive, printing progress."""
     have = part.stat().st_size if part.exists() else 0
@@ -224,11 +211,9 @@ def fetch(archive, part, chunk=1 << 20):
     if have < archive.size:
         raise OSError(f"the connection ended after {have:,} of {archive.size:,} bytes")
 
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # ------------------------------------------------------------------------- splitting among clients
 
@@ -262,7 +247,6 @@ def partition(labels, clients, alpha=0.0, seed=0):
     by_client = np.argsort(owner, kind="stable")
     return [torch.from_numpy(part) for part in np.split(by_client, np.cumsum(sizes)[:-1])]
 
-
 # ----------------------------------------------------------------------------------------- two views
 
 @dataclass(frozen=True)
@@ -284,7 +268,6 @@ class Recipe:
     blur: float = 0.0    # probability of a Gaussian blur, sigma in [0.1, 2] pixels
     solarise: float = 0.0  # probability of inverting the pixels above one half
 
-
 RECIPES = {
     "digits": Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
     "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
@@ -300,18 +283,15 @@ MOVED = {  # for testing: what the two views of a training image differ in
                       saturation=0.4, hue=0.1),
 }
 
-
 def normalise(images):
     """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""
     return images.float() / 127.5 - 1
-
 
 def two_views(images, recipe, generator):
     """Two random views of every image: uint8 [B, C, H, W] -> float32 [2B, C, H, W] in -1..1.
 
     Row i and row B + i come from image i."""
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
-
 
 def moved(images, recipe, seed=0):
     """One random view of every image, from a fixed seed: uint8 [N, C, H, W] -> the same, on the CPU.
@@ -320,7 +300,6 @@ def moved(images, recipe, seed=0):
     generator = torch.Generator().manual_seed(seed)
     views = torch.cat([view(part, MOVED[recipe], generator) for part in images.cpu().split(500)])
     return ((views + 1) * 127.5).round().byte()
-
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1.
@@ -341,7 +320,6 @@ def view(images, recipe, generator):
         chosen = (uniform(0, 1) < recipe.solarise)[:, None, None, None]
         x = torch.where(chosen & (x > 0.5), 1 - x, x)
     return x.mul(2).sub(1)
-
 
 def warp(x, recipe, uniform):
     """Crop, shift, rotation, shear and flip as one affine map, sampled once. x: [B, C, H, W]."""
@@ -369,7 +347,6 @@ def warp(x, recipe, uniform):
     outside = "zeros" if recipe.area[1] > 1 else "reflection"
     return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
-
 def colour(x, recipe, uniform):
     """Brightness, contrast, saturation, hue and greyscale: linear in the colour, one matrix each.
 
@@ -395,7 +372,6 @@ def colour(x, recipe, uniform):
     y = ((bright * contrast)[:, None, None] * matrix) @ x.flatten(2)
     y = y + (bright * (1 - contrast) * mean)[:, None, None]
     return y.clamp(0, 1).view_as(x)
-
 
 def blur(x, recipe, uniform):
     """Separable Gaussian blur, kernel a tenth of the image's width across. x: [B, C, H, W]."""

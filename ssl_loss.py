@@ -4,8 +4,7 @@ NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is t
 every method; with micro-batches it caches gradients (GradCache, Gao et al. 2021): the same loss
 and gradients in almost constant memory.
 """
-import copy
-import math
+import contextlib
 import weakref
 
 import torch
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-
 
 def nt_xent(z1, z2, temperature=0.1):
     """Normalised temperature-scaled cross entropy over the 2B views of B images.
@@ -38,7 +36,6 @@ def nt_xent(z1, z2, temperature=0.1):
     positive = torch.arange(2 * len(z1), device=z.device).roll(len(z1))  # i -> i + B, mod 2B
     return F.cross_entropy(similarity, positive)
 
-
 class ProjectionHead(nn.Sequential):
     """Three linear layers, dim -> hidden -> hidden -> out, into the space of the loss.
 
@@ -52,7 +49,6 @@ class ProjectionHead(nn.Sequential):
             nn.Linear(hidden, hidden, bias=False),
             nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU(inplace=True),
             nn.Linear(hidden, out, bias=False))
-
 
 def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     """Forward and backward of one local step; gradients land in what trains.
@@ -74,7 +70,6 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
         active(chunk).backward(gradient)                                # 4. each with its graph
     return loss.detach()
-
 
 # --------------------------------------------------------------------------------------- memory
 
@@ -107,6 +102,15 @@ class MemoryMeter(TorchDispatchMode):
         del self.seen[key]
         self.live_bytes.append(self.live_bytes[-1] - nbytes)
 
+@contextlib.contextmanager
+def allocator_peak(device):
+    """Yields a function: the peak bytes that a GPU's allocator took since; 0 on the CPU."""
+    if device.type != "cuda":
+        yield int
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield lambda: torch.cuda.max_memory_allocated(device) - before
 
 def storages(tree):
     """The memory behind the tensors in nested lists and dicts: identity -> storage."""
@@ -115,7 +119,6 @@ def storages(tree):
         if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":  # meta holds no data
             found[leaf.untyped_storage()._cdata] = leaf.untyped_storage()
     return found
-
 
 # --------------------------------------------------------------------------- what judges features
 
@@ -132,7 +135,6 @@ def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
         votes.scatter_add_(1, train_labels[neighbours], torch.exp(similarity / temperature))
         correct += (votes.argmax(1) == labels).sum().item()
     return 100 * correct / len(test)
-
 
 def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
     """Accuracies in % of one logistic regression on frozen, standardised features.
@@ -156,7 +158,6 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
     weights = logistic(train, train_labels, max(scores)[2])
     return [accuracy(weights, (test - mean) / std, labels) for test, labels in tests]
 
-
 def few_labels(train, train_labels, test, test_labels, per_class=10, draws=5):
     """Accuracy in % of logistic regression on `per_class` labels a class, mean over `draws`."""
     results = []
@@ -167,11 +168,9 @@ def few_labels(train, train_labels, test, test_labels, per_class=10, draws=5):
                                 penalties=(1e-2,))
     return sum(results) / draws
 
-
 def first_of_each_class(labels, order, per_class):
     """Of the images `order`, the first `per_class` of every class."""
     return torch.cat([order[labels[order] == label][:per_class] for label in labels.unique()])
-
 
 def logistic(x, y, penalty):
     """Weights [D, classes], bias [classes] of a logistic regression with an L2 penalty, L-BFGS."""
@@ -190,43 +189,21 @@ def logistic(x, y, penalty):
     optimizer.step(closure)
     return [w.detach() for w in weights]
 
+@torch.no_grad()
+def features(encoder, images, batch=500):
+    """Features of uint8 images [N, C, H, W] -> float32 [N, dim], on the encoder's device."""
+    device = next(encoder.parameters()).device
+    return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
 
-def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
-             weight_decay=1e-5, labels_per_class=0, amp=False):
-    """Test accuracy in % after supervised training of a copy of `encoder` and a classifier.
+def evaluate(encode, dataset, recipe):
+    """Accuracies in % of a function uint8 images -> features; test labels choose nothing.
 
-    The protocol of Tun et al. 2024: AdamW, linear warm-up, then one cosine to 0. dataset: a
-    data.Dataset; recipe: a light data.Recipe; generator: all randomness, on the encoder's device;
-    labels_per_class: labelled training images of each class, drawn at random; 0 means all."""
-    device = generator.device
-    order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
-    if labels_per_class:
-        order = first_of_each_class(dataset.train_labels, order, labels_per_class)
-    images = dataset.train_images[order].to(device)
-    labels = dataset.train_labels[order].to(device)
-    encoder = copy.deepcopy(encoder).requires_grad_().train()
-    dim = encoder(data.normalise(images[:1])).shape[1]
-    classifier = nn.Linear(dim, dataset.classes, device=device)
-    nn.init.zeros_(classifier.weight)
-    nn.init.zeros_(classifier.bias)
-    model = nn.Sequential(encoder, classifier)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    steps, warmup = math.ceil(len(images) / batch_size), min(warmup, epochs / 4)
-    for epoch in range(epochs):
-        batches = torch.randperm(len(images), device=device, generator=generator).split(batch_size)
-        for step, chosen in enumerate(batches, 1):
-            now = epoch + step / steps
-            cosine = (1 + math.cos(math.pi * max(0, now - warmup) / (epochs - warmup))) / 2
-            optimizer.param_groups[0]["lr"] = lr * min(now / warmup, cosine)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = model(data.view(images[chosen], recipe, generator))
-            optimizer.zero_grad()
-            F.cross_entropy(logits.float(), labels[chosen]).backward()
-            optimizer.step()
-    correct = 0
-    model.eval()
-    with torch.no_grad():
-        for part, answers in zip(dataset.test_images.split(500), dataset.test_labels.split(500)):
-            guesses = model(data.normalise(part.to(device))).argmax(1)
-            correct += (guesses == answers.to(device)).sum().item()
-    return 100 * correct / len(dataset.test_labels)
+    knn and linear_probe on the test images; the same on test images under one random view each
+    (moved_knn, moved_probe); a linear probe with ten labels a class (ten_labels)."""
+    train, test = encode(dataset.train_images), encode(dataset.test_images)
+    moved = encode(data.moved(dataset.test_images, recipe))
+    labels, answers = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
+    probe, moved_probe = linear_probe(train, labels, (test, answers), (moved, answers))
+    return {"knn": knn(train, labels, test, answers), "linear_probe": probe,
+            "moved_knn": knn(train, labels, moved, answers), "moved_probe": moved_probe,
+            "ten_labels": few_labels(train, labels, test, answers)}
