@@ -11,7 +11,7 @@ import math
 import os
 import tarfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,35 +53,32 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 class Archive(NamedTuple):
     """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
     url: str
-    size: int  # bytes
+    size: int         # bytes
     sha256: str
-    train: tuple  # members of the archive
-    test: tuple
+    train: list       # members of the archive
+    test: list
     label_bytes: int  # the last of them is the class
 
 ARCHIVES = {
     "cifar10": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170_052_171,
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
-        ("cifar-10-batches-bin/test_batch.bin",), 1),
+        [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)],
+        ["cifar-10-batches-bin/test_batch.bin"], 1),
     "cifar100": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", 168_513_733,
         "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        ("cifar-100-binary/train.bin",), ("cifar-100-binary/test.bin",), 2),
-}
+        ["cifar-100-binary/train.bin"], ["cifar-100-binary/test.bin"], 2)}
 
 def load(name, cache="~/.cache/fllw", images=0):
     """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
 
     images: keep so many training images, the same random ones every time; 0 means all. Raises
     InputError when there is no such data set or its content is not what it should be."""
-    if name == "mnist5k":
-        dataset = load_npz(MNIST5K)
-    elif name in ARCHIVES:
+    if name in ARCHIVES:
         dataset = load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
-    elif str(name).endswith(".npz"):
-        dataset = load_npz(name)
+    elif name == "mnist5k" or str(name).endswith(".npz"):
+        dataset = load_npz(MNIST5K if name == "mnist5k" else name)
     else:
         raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the "
                          "path of an .npz file")
@@ -111,38 +108,30 @@ def load_npz(path):
     for key in KEYS:
         if key not in arrays:
             raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
-    images, labels = {}, {}
-    for split in ("train", "test"):
-        images[split] = check_images(arrays[f"{split}_images"], f"{path}: {split}_images")
-        labels[split] = check_labels(arrays[f"{split}_labels"], len(images[split]),
-                                     f"{path}: {split}_labels")
-    if images["train"].shape[1:] != images["test"].shape[1:]:
-        raise InputError(f"{path}: train and test images differ in shape, "
-                         f"{list(images['train'].shape[1:])} and {list(images['test'].shape[1:])}")
-    everyone = np.concatenate([labels["train"], labels["test"]])
-    numbers = torch.from_numpy(np.unique(everyone, return_inverse=True)[1])
-    n = len(labels["train"])
-    return Dataset(images["train"], numbers[:n], images["test"], numbers[n:])
+    train, labels = check(path, "train", arrays)
+    test, more = check(path, "test", arrays)
+    if train.shape[1:] != test.shape[1:]:
+        raise InputError(f"{path}: train and test images differ in shape, {list(train.shape[1:])} "
+                         f"and {list(test.shape[1:])}")
+    numbers = np.unique(np.concatenate([labels, more]), return_inverse=True)[1]
+    labels, more = torch.from_numpy(numbers).split([len(labels), len(more)])
+    return Dataset(train, labels, test, more)
 
-def check_images(images, what):
-    """uint8 [N, H, W] or [N, H, W, C] from a file -> uint8 [N, C, H, W]."""
+def check(path, split, arrays):
+    """One split of a file -> (uint8 tensor [N, C, H, W], int64 array [N]), or InputError."""
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
-        raise InputError(f"{what} must be uint8 [N, H, W] or [N, H, W, C] and not empty, they are "
-                         f"{images.dtype} {list(images.shape)}")
+        raise InputError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] and not "
+                         f"empty, they are {images.dtype} {list(images.shape)}")
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.max() >= 2**63:
+        raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers below 2^63, "
+                         f"one an image, they are {labels.dtype} {list(labels.shape)}")
     if images.ndim == 3:
         images = images[..., None]
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-def check_labels(labels, n, what):
-    """n whole numbers [n] or [n, 1] of any integer type from a file -> int64 [n]."""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        raise InputError(f"{what} must be {n} whole numbers, one an image, they are "
-                         f"{labels.dtype} {list(labels.shape)}")
-    if labels.max() > np.iinfo(np.int64).max:
-        raise InputError(f"{what} must be below 2^63, the largest is {labels.max()}")
-    return labels.astype(np.int64)
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return images, labels.astype(np.int64)
 
 def load_cifar(archive, path):
     """Read the records straight out of the archive; nothing is unpacked or unpickled."""
@@ -173,20 +162,20 @@ def download(archive, cache):
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with lock(path.with_suffix(".lock")):
-            if not path.exists():
-                fetch(archive, part)
-                if sha256(part) != archive.sha256:
-                    part.unlink()
-                    raise InputError(f"what {archive.url} sent does not match its SHA-256 and was "
-                                     "deleted: run the command again")
-                os.replace(part, path)
+            if path.exists():
+                if sha256(path) != archive.sha256:
+                    raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete "
+                                     "it and run the command again")
                 return path
+            fetch(archive, part)
+            if sha256(part) != archive.sha256:
+                part.unlink()
+                raise InputError(f"what {archive.url} sent does not match its SHA-256 and was "
+                                 "deleted: run the command again")
+            os.replace(part, path)
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         raise InputError(f"could not download {archive.url} ({error}): run the same command again "
                          f"to resume, or put the file at {path} yourself") from None
-    if sha256(path) != archive.sha256:
-        raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete it and run "
-                         "the command again")
     return path
 
 def fetch(archive, part, chunk=1 << 20):
@@ -194,28 +183,24 @@ def fetch(archive, part, chunk=1 << 20):
     have = part.stat().st_size if part.exists() else 0
     if have == archive.size:
         return
-    if have > archive.size:
-        have = 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Range": f"bytes={have}-"} if 0 < have < archive.size else {}
     request = urllib.request.Request(archive.url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as reply:
-        if reply.status != 206:  # a server that ignores Range starts from the beginning
-            have = 0
-        with open(part, "ab" if have else "wb") as file:
+        resumed = reply.status == 206  # a server that ignores Range starts from the beginning
+        with open(part, "ab" if resumed else "wb") as file:
             while block := reply.read(chunk):
                 file.write(block)
-                have += len(block)
-                print(f"\r{archive.url}: {have / 1e6:.0f} of {archive.size / 1e6:.0f} MB", end="",
-                      flush=True)
+                print(f"\r{archive.url}: {file.tell() / 1e6:.0f} of {archive.size / 1e6:.0f} MB",
+                      end="", flush=True)
     print()
-    if have < archive.size:
-        raise OSError(f"the connection ended after {have:,} of {archive.size:,} bytes")
+    if part.stat().st_size < archive.size:
+        raise OSError(f"the connection ended before {archive.size:,} bytes had come")
 
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# ------------------------------------------------------------------------- splitting among clients
+# ------------------------------------------------------------ splitting among clients
 
 def partition(labels, clients, alpha=0.0, seed=0):
     """Split images among clients: each image goes to one client, each client gets at least 2.
@@ -247,7 +232,7 @@ def partition(labels, clients, alpha=0.0, seed=0):
     by_client = np.argsort(owner, kind="stable")
     return [torch.from_numpy(part) for part in np.split(by_client, np.cumsum(sizes)[:-1])]
 
-# ----------------------------------------------------------------------------------------- two views
+# ---------------------------------------------------------------------- two views
 
 @dataclass(frozen=True)
 class Recipe:
@@ -277,11 +262,9 @@ LIGHT = {  # for supervised training, where a view must keep its class
     "digits": Recipe((0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
     "natural": Recipe((1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5),
 }
-MOVED = {  # for testing: what the two views of a training image differ in
+MOVED = {  # for testing: what features should not mind
     "digits": RECIPES["digits"],
-    "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
-                      saturation=0.4, hue=0.1),
-}
+    "natural": replace(RECIPES["natural"], grey=0.0, blur=0.0)}  # crop, flip and colour
 
 def normalise(images):
     """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""
@@ -294,9 +277,9 @@ def two_views(images, recipe, generator):
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
 def moved(images, recipe, seed=0):
-    """One random view of every image, from a fixed seed: uint8 [N, C, H, W] -> the same, on the CPU.
+    """One random view of every image, from a fixed seed: uint8 [N, C, H, W] -> the same.
 
-    recipe: a name in MOVED. Judges which changes of an image the features do not mind."""
+    recipe: a name in MOVED. On the CPU, so that it is the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
     views = torch.cat([view(part, MOVED[recipe], generator) for part in images.cpu().split(500)])
     return ((views + 1) * 127.5).round().byte()
