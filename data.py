@@ -253,18 +253,15 @@ class Recipe:
     blur: float = 0.0    # probability of a Gaussian blur, sigma in [0.1, 2] pixels
     solarise: float = 0.0  # probability of inverting the pixels above one half
 
-RECIPES = {
-    "digits": Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
-    "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
-                      saturation=0.4, hue=0.1, grey=0.2, blur=0.5),
-}
+DIGITS = Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05)
+NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
+                 saturation=0.4, hue=0.1, grey=0.2, blur=0.5)
+RECIPES = {"digits": DIGITS, "natural": NATURAL, "solarised": replace(NATURAL, solarise=0.2)}
 LIGHT = {  # for supervised training, where a view must keep its class
     "digits": Recipe((0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
-    "natural": Recipe((1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5),
-}
-MOVED = {  # for testing: what features should not mind
-    "digits": RECIPES["digits"],
-    "natural": replace(RECIPES["natural"], grey=0.0, blur=0.0)}  # crop, flip and colour
+    "natural": Recipe((1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5)}
+MOVED = {"digits": DIGITS, "natural": replace(NATURAL, grey=0.0, blur=0.0)}  # for testing
+LIGHT["solarised"], MOVED["solarised"] = LIGHT["natural"], MOVED["natural"]
 
 def normalise(images):
     """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""

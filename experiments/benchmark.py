@@ -1,0 +1,115 @@
+"""Seconds of a local step, next to a bare loop and to what the accounting predicts; its memory.
+
+    python -m experiments.benchmark --dim 192 --depth 12 --heads 3 --patch-size 4 --batch-size 128
+
+Images are random 3 x 32 x 32, whatever --data says; first, middle and last stage of every method,
+medians of turns taken one after the other. The bare loop is the clearest statement of the method.
+"""
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import data
+import fllw
+from fllw import Config
+from ssl_loss import nt_xent
+
+SHAPE, TURNS, STEPS = (3, 32, 32), 3, 3
+
+def bare_loop(config, stage, learner, views, steps):
+    """What a local step has to compute, and nothing else: no client, no augmentation, no meter."""
+    first = min(stage.active)
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], fused=True)
+    for _ in range(steps):
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp):
+            with torch.set_grad_enabled(first == 0):
+                tokens = learner.encoder.lower(views, first)
+            z = learner.head(learner.encoder.upper(tokens, first))
+        optimizer.zero_grad()
+        nt_xent(*z.chunk(2), config.temperature).backward()
+        optimizer.step()
+
+def clock(device, function, *arguments):
+    """Seconds that a call takes on this device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+def cases_of(config):
+    """(name, settings, stage, kept blocks): first, middle and last stage of every method."""
+    cases = []
+    methods = [("e2e", 0.0), ("progressive", 0.0), ("fll", 0.0), ("fll", 0.5), ("lasting", 0.0)]
+    for method, dropout in methods:
+        one = replace(config, method=method, depth_dropout=dropout, local_epochs=1)
+        plan = fllw.stages(one)
+        for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
+            frozen = round((1 - dropout) * len(stage.frozen))  # as many as on average
+            cases.append((fllw.label(one), one, stage, stage.frozen[:frozen] + stage.active))
+    return cases
+
+def measure(config, stage, kept, images):
+    """(seconds of a local step, seconds of a bare one)."""
+    server = {name: t.to(images.device) for name, t in fllw.initial(config, SHAPE).items()}
+    message = fllw.broadcast(server, kept)
+    learner = fllw.receive(config, message, SHAPE, stage)
+    views = data.normalise(images[:config.batch_size].repeat(2, 1, 1, 1))
+    seconds = []
+    for steps in (2, 2 + STEPS):  # what comes before the first step is paid in both
+        part = images[:steps * config.batch_size]
+        seconds.append((clock(images.device, fllw.local_train, config, stage, message, part, 1, 0),
+                        clock(images.device, bare_loop, config, stage, learner, views, steps)))
+    return (np.array(seconds[1]) - seconds[0]) / STEPS
+
+def memory_table(config, cases):
+    """Peak MiB of a step at the last stage, plain and with micro-batches of 16 images."""
+    rows = {}
+    server = fllw.initial(config, SHAPE, "meta")
+    for batch in (64, 256, 512):
+        for name, one, stage, kept in {case[0]: case for case in cases}.values():
+            peaks = []
+            for micro in (0, 16):
+                setting = replace(one, batch_size=batch, micro_batch=micro)
+                peaks.append(fllw.step_memory(setting, stage, server, kept, SHAPE) / 2**20)
+            if one.method == "e2e":
+                whole = peaks[0]
+            rows[f"{name}, batch {batch}"] = {
+                "plain": peaks[0], "micro": peaks[1], "ratio": f"{whole / peaks[0]:.1f}x",
+                "micro_ratio": f"{whole / peaks[1]:.1f}x"}
+    columns = {"plain": ("peak MiB", 1, ".0f"), "ratio": ("less", 1, ""),
+               "micro": ("micro-batch 16", 1, ".0f"), "micro_ratio": ("less", 1, "")}
+    return fllw.table(rows, columns)
+
+def main():
+    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.benchmark")
+    config = Config(**vars(parser.parse_args()))
+    fllw.check(config)
+    device, cases = fllw.pick_device(config), cases_of(config)
+    images = torch.randint(0, 256, ((2 + STEPS) * config.batch_size, *SHAPE), dtype=torch.uint8)
+    images = images.to(device)
+    turns = [[measure(one, stage, kept, images) for _, one, stage, kept in cases]
+             for _ in range(TURNS)]
+    seconds = np.median(turns, 0)  # [cases, 2]
+    work = [fllw.macs(one, stage, kept, SHAPE) for _, one, stage, kept in cases]
+    rows = {}
+    for (name, one, stage, kept), (step, bare), mac in zip(cases, seconds, work):
+        rows[f"{name}, stage {stage.number}"] = {
+            "step": step, "images": one.batch_size / step, "bare": step / bare,
+            "tflops": 2e-12 * mac * one.batch_size / step, "share": step / seconds[0, 0],
+            "predicted": mac / work[0]}
+    columns = {"step": ("s/step", 1, ".4f"), "images": ("images/s", 1, ".0f"),
+               "tflops": ("TFLOP/s", 1, ".2f"), "bare": ("step/bare", 1, ".2f"),
+               "share": ("of end-to-end", 1, ".2f"), "predicted": ("predicted", 1, ".2f")}
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    print(f"{config.batch_size} images a step, width {config.dim}, {config.depth} blocks, on "
+          f"{where}\n{fllw.table(rows, columns)}\n\n{memory_table(config, cases)}")
+
+if __name__ == "__main__":
+    fllw.command(main)

@@ -1,0 +1,199 @@
+"""Methods side by side over seeds, each with the control that could refute it.
+
+    python -m experiments.compare --rows raw one-block fll fdd lasting two-blocks --seeds 0 1 2
+
+Each row and seed has a run folder in --out: the same command goes on where it stopped, reads back
+what is finished, and prints one table. The control of a layer-wise method is the end-to-end model
+that fits into its memory: one block for FLL, two blocks for a lasting top block (in supervised
+federated learning it is called AllSmall: ProFL, Wu et al. 2024, arXiv 2404.13349).
+"""
+import copy
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import fllw
+from fllw import COLUMNS, Config, InputError, table
+from ssl_loss import first_of_each_class
+
+RESULTS = Path(__file__).parent / "results"
+BASELINES = {"raw": "raw pixels", "random": "random encoder", "scratch": "from scratch"}
+COMPUTE, BYTES = ("macs",), ("download_bytes", "upload_bytes")
+MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
+    "one-block-compute": ("one-block", "fll", COMPUTE),
+    "one-block-bytes": ("one-block", "fll", BYTES),
+    "two-blocks-compute": ("two-blocks", "lasting", COMPUTE),
+    "two-blocks-bytes": ("two-blocks", "lasting", BYTES),
+    "e2e-compute": ("e2e", "fdd", COMPUTE), "e2e-bytes": ("e2e", "fdd", BYTES)}
+
+def variants(config):
+    """The settings of every row that trains: key -> Config."""
+    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
+    fdd, epochs = replace(fll, depth_dropout=0.25), config.local_epochs
+    e2e = replace(fll, method="e2e")
+    rows = {
+        "one-block": replace(e2e, depth=1), "two-blocks": replace(e2e, depth=2),
+        "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
+        "fdd-epochs": replace(fdd, local_epochs=3 * epochs),  # spends what frozen blocks save
+        "pairs": replace(fll, blocks_per_stage=2),
+        "pairs-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * epochs),
+        "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
+        "progressive": replace(fll, method="progressive"), "e2e": e2e,
+        "centralized": replace(e2e, clients=1, clients_per_round=0)}
+    return {key: one for key, one in rows.items() if possible(one)}
+
+def possible(config):
+    try:
+        fllw.check(config)
+    except InputError:
+        return False
+    return True
+
+def matched(rows, key, shape):
+    """The settings of a row that may spend what another one does: as many rounds as that buys."""
+    mine, other, measure = MATCHED[key]
+    prices = []
+    for one in (rows[mine], rows[other]):
+        price = fllw.cost(replace(one, seed=0), shape)
+        prices.append(sum(price[column] for column in measure))
+    rounds = round(rows[mine].rounds * prices[1] / prices[0])
+    return replace(rows[mine], rounds=max(rounds, len(fllw.stages(rows[mine]))))
+
+def name_of(key, one, config):
+    """What a row is called in the table."""
+    if key in BASELINES:
+        return BASELINES[key]
+    name = fllw.label(one)
+    if one.depth != config.depth:
+        name = f"{'one block' if one.depth == 1 else 'two blocks'} end to end"
+    if one.local_epochs != config.local_epochs:
+        name += f", {one.local_epochs} local epochs"
+    if key in MATCHED:
+        what = "compute" if MATCHED[key][2] == COMPUTE else "bytes"
+        name += f", {one.rounds} rounds: {what} of {MATCHED[key][1]}"
+    return name
+
+def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
+             weight_decay=1e-5, labels_per_class=0, amp=False):
+    """Test accuracy in % after supervised training of a copy of `encoder` and a classifier.
+
+    The protocol of Tun et al. 2024: AdamW, linear warm-up, then one cosine to 0. dataset: a
+    data.Dataset; recipe: a light data.Recipe; generator: all randomness, on the encoder's device;
+    labels_per_class: labelled training images of each class, drawn at random; 0 means all."""
+    device = generator.device
+    order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
+    if labels_per_class:
+        order = first_of_each_class(dataset.train_labels, order, labels_per_class)
+    images = dataset.train_images[order].to(device)
+    labels = dataset.train_labels[order].to(device)
+    encoder = copy.deepcopy(encoder).requires_grad_().train()
+    dim = encoder(data.normalise(images[:1])).shape[1]
+    classifier = nn.Linear(dim, dataset.classes, device=device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(encoder, classifier)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    steps, warmup = math.ceil(len(images) / batch_size), min(warmup, epochs / 4)
+    for epoch in range(epochs):
+        batches = torch.randperm(len(images), device=device, generator=generator).split(batch_size)
+        for step, chosen in enumerate(batches, 1):
+            now = epoch + step / steps
+            cosine = (1 + math.cos(math.pi * max(0, now - warmup) / (epochs - warmup))) / 2
+            optimizer.param_groups[0]["lr"] = lr * min(now / warmup, cosine)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = model(data.view(images[chosen], recipe, generator))
+            optimizer.zero_grad()
+            F.cross_entropy(logits.float(), labels[chosen]).backward()
+            optimizer.step()
+    correct = 0
+    model.eval()
+    with torch.no_grad():
+        for part, answers in zip(dataset.test_images.split(500), dataset.test_labels.split(500)):
+            guesses = model(data.normalise(part.to(device))).argmax(1)
+            correct += (guesses == answers.to(device)).sum().item()
+    return 100 * correct / len(dataset.test_labels)
+
+def finetuned(encoder, config, dataset, epochs, labels):
+    """The column of fine-tuning."""
+    draws = fllw.generator(config, fllw.pick_device(config), 100)
+    light = data.LIGHT[fllw.recipe(config)]
+    return {"finetuned": finetune(encoder, dataset, light, draws, epochs, labels_per_class=labels,
+                                  amp=config.amp)}
+
+def measure(key, one, dataset, out, epochs, labels):
+    """Train and judge one row with one seed, or read it back: its columns."""
+    experiment = f"compare {key}"
+    tuned = epochs and key not in ("raw", "random")
+    if tuned:
+        experiment += f", fine-tuned {epochs} epochs on {labels or 'all'} labels a class"
+    one = replace(one, out=str(out / f"{key}-seed{one.seed}"))
+    with fllw.run_folder(one, dataset, experiment) as (folder, state):
+        if (folder / "summary.json").exists():
+            return json.loads((folder / "summary.json").read_text())
+        if key in BASELINES:
+            encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
+            encoder = encoder.to(fllw.pick_device(one))
+            row = {} if key == "scratch" else fllw.judge(None if key == "raw" else encoder, one,
+                                                         dataset)
+        else:
+            encoder, history = fllw.train(one, dataset, folder, state)
+            row = fllw.result(one, dataset, encoder, history)
+        if tuned:
+            row |= finetuned(encoder, one, dataset, epochs, labels)
+        fllw.write(folder / "summary.json", row)
+    return row
+
+def save(name, command, rows):
+    """Keep the numbers behind a table: experiments/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    torch_and_threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": torch_and_threads,
+                                          "rows": rows})
+
+def main():
+    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.compare")
+    mine = parser.add_argument_group("comparison")
+    keys = [*BASELINES, *variants(Config()), *MATCHED, "pairs", "pairs-epochs"]
+    mine.add_argument("--rows", nargs="+", default=["raw", "random", "one-block", "fll", "fdd",
+                                                    "two-blocks", "lasting", "e2e"],
+                      choices=list(dict.fromkeys(keys)), metavar="ROW",
+                      help="in the order of the table: " + " ".join(dict.fromkeys(keys)))
+    mine.add_argument("--seeds", nargs="+", type=int, default=[0], help="instead of --seed")
+    mine.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning")
+    mine.add_argument("--labels-per-class", type=int, default=0, help="for that; 0 means all")
+    mine.add_argument("--save", default="", help="also keep the table in experiments/results/")
+    given = vars(parser.parse_args())
+    rows, seeds, epochs, labels, name = [given.pop(key) for key in (
+        "rows", "seeds", "finetune", "labels_per_class", "save")]
+    for row_by_row in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
+        raise InputError(f"--{row_by_row.replace('_', '-')} differs from row to row: leave it out")
+    config = Config(**given, depth_dropout=0.0)
+    fllw.check(config)
+    dataset = data.load(config.data, config.cache, config.images)
+    out, plan = Path(config.out or f"runs/compare-{Path(config.data).stem}"), variants(config)
+    plan |= dict.fromkeys(BASELINES, config)
+    results = {}
+    for key in rows:
+        if key not in plan and key in MATCHED:
+            plan[key] = matched(plan, key, dataset.shape)
+        if key not in plan:
+            raise InputError(f"the row {key} cannot be trained with --depth {config.depth}")
+    for seed in seeds:
+        for key in rows:
+            row = measure(key, replace(plan[key], seed=seed), dataset, out, epochs, labels)
+            columns = results.setdefault(name_of(key, plan[key], config), {})
+            for column, value in row.items():
+                columns.setdefault(column, []).append(value)
+    print(f"\n{len(dataset.test_images):,} test images, seeds {seeds}\n{table(results)}")
+    if name:
+        save(name, "python -m experiments.compare " + " ".join(sys.argv[1:]), results)
+
+if __name__ == "__main__":
+    fllw.command(main)
