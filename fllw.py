@@ -44,7 +44,7 @@ class Config:
     data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or your FILE.npz", group="data")
     images: int = knob(0, "use so many of the training images; 0 means all", low=0)
     augment: str = knob("auto", "recipe of the two views; auto: digits for mnist5k, else natural",
-                        choices=("auto", *data.RECIPES))
+                        choices=("auto", "digits", "natural", "solarised"))
     dim: int = knob(64, "width of the vision transformer", low=1, group="model")
     depth: int = knob(4, "number of blocks L", low=1)
     heads: int = knob(8, "attention heads; must divide dim", low=1)
