@@ -286,10 +286,12 @@ def view(images, recipe, generator):
 
     All randomness comes from `generator`, on the images' device, in a single draw."""
     x = images.float() / 255
-    numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
+    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0
 
-    def uniform(low, high):
-        return low + (high - low) * next(numbers)  # [B]
+    def uniform(low, high, count=1):
+        nonlocal used
+        used += count
+        return low + (high - low) * numbers[used - count:used].squeeze(0)  # [B], or [count, B]
 
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:
@@ -321,7 +323,7 @@ def warp(x, recipe, uniform):
         torch.stack([down * mirror * w * sin, h * (shear * sin + cos), dy], 1)], 1)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, H, W, 2]
     if recipe.elastic:
-        net = torch.stack([uniform(-2, 2) for _ in range(2 * 4 * 4)], 1).view(-1, 2, 4, 4)
+        net = uniform(-2, 2, 2 * 4 * 4).T.reshape(-1, 2, 4, 4)
         bend = F.interpolate(net * recipe.elastic, (H, W), mode="bicubic", align_corners=False)
         grid = grid + bend.permute(0, 2, 3, 1)
     outside = "zeros" if recipe.area[1] > 1 else "reflection"
