@@ -307,7 +307,7 @@ class State:
     shape: tuple   # (channels, height, width) of an image
     server: dict   # name -> tensor: the encoder so far, and the head
     version: dict  # name -> which tensor that is: equal versions are equal tensors
-    history: list = field(default_factory=list)  # one dict a round, see federate()
+    history: list = field(default_factory=list)  # one dict a round, see new_row()
     held: dict = field(default_factory=dict)     # client -> versions that it has received
     changes: int = 0                             # how often update() was called
 
@@ -472,41 +472,40 @@ def metered_step(config, stage, form, image_shape, images=0, client=local_train)
             client(one, stage, message, blank, 1, 0)
     return meter
 
-def round_cost(config, state, stage, kept, images=0, client=local_train):
-    """What a round costs its clients, before it is run; kept: client -> blocks that it keeps.
+def round_cost(config, state, stage, kept):
+    """Bytes and multiply-accumulates of a round, before it is run: means over its clients.
 
-    Means over the clients, but for the memory, which is that of the one that needs most."""
+    kept: client -> blocks that it keeps."""
     down, stateless = download_bytes(state, kept)
     work = [macs(config, stage, blocks, state.shape) for blocks in kept.values()]
     upload = sum(t.nbytes for name, t in state.server.items() if stage.trains(name))
-    fullest = max(kept.values(), key=len)
     return {"download_bytes": down, "stateless_download_bytes": stateless,
             "upload_bytes": float(upload + REPORT_BYTES),
-            "macs": config.local_epochs * float(np.mean(work)),
-            "peak_memory_bytes": step_memory(config, stage, state.server, fullest, state.shape,
-                                             images, client)}
+            "macs": config.local_epochs * float(np.mean(work))}
 
 def cost(config, image_shape, images=0, client=local_train, plan=stages, history=(), state=None):
     """What a client that takes part in every round pays for the whole training, without training.
 
     Replays the rounds with tensors that hold no data; with depth dropout, the mean over up to ten
     clients' draws. images: how many the client has; history: of a run whose plan looks at it;
-    state: where to start, on the device "meta". Returns the keys of round_cost()."""
+    state: where to start, on the device "meta". Returns round_cost()'s keys, peak_memory_bytes."""
     clients = range(min(config.clients_per_round or config.clients, 10))
     config = replace(config, device="cpu", out="")
     state = state or start(config, image_shape, plan, "meta")
-    rows = []
+    rows, peak = [], 0
     while True:
         stage, done = stage_of(plan(config, history), len(rows))
         if stage is None:
-            break
+            return {"peak_memory_bytes": peak,
+                    **{name: sum(row[name] for row in rows) for name in rows[0]}}
         if done == 0:
             grow(config, state, stage)
         kept = {one: draw_blocks(config, stage, len(rows) + 1, one) for one in clients}
-        rows.append(round_cost(config, state, stage, kept, images, client))
+        rows.append(round_cost(config, state, stage, kept))
+        fullest = max(kept.values(), key=len)
+        peak = max(peak, step_memory(config, stage, state.server, fullest, image_shape, images,
+                                     client))
         state.update({name: t for name, t in state.server.items() if stage.trains(name)})
-    total = {name: sum(row[name] for row in rows) for name in rows[0]}
-    return {**total, "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows)}
 
 # --------------------------------------------------------------------------------- the rounds
 
@@ -561,11 +560,39 @@ def run_round(config, state, stage, progress, kept, images_of, client=local_trai
         accepted = sound(upload, expected)
         if accepted:
             average.add(upload, len(images))
-        reports[i] = torch.tensor([1, accepted, losses.mean(), peak_bytes()])
+        report = [1, accepted, losses.mean().item(), peak_bytes()]
+        reports[i] = torch.tensor(report, dtype=torch.float64)
     state.update(average.mean())
     if processes() > 1:
         dist.all_reduce(reports)
     return reports.cpu()
+
+def new_row(number, stage, kept, price, reports, seconds):
+    """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
+
+    round, stage                   counted from 1
+    present_blocks, active_blocks  those of the stage
+    clients, kept_blocks           who was sampled, and the blocks that each kept
+    lost, rejected                 clients that did not answer; whose upload was not sound
+    loss                           of the uploads accepted; None if there are none
+    download_bytes                 of a client that keeps what it has received
+    stateless_download_bytes       of a client that keeps nothing between rounds
+    upload_bytes                   its tensors, mean loss and number of images
+    macs                           multiply-accumulates for one image, all local epochs
+    peak_memory_bytes              of the client that needs most
+    seconds                        of the round"""
+    answered, accepted = reports[:, ANSWERED] > 0, reports[:, ACCEPTED] > 0
+    if answered.any() and not reports[answered, LOSS].isfinite().any():
+        raise FloatingPointError(f"the loss became NaN or infinite everywhere in round {number}")
+    clients = torch.tensor(list(kept))
+    return {
+        "round": number, "stage": stage.number, "present_blocks": list(stage.present),
+        "active_blocks": list(stage.active), "clients": list(kept),
+        "kept_blocks": [list(blocks) for blocks in kept.values()],
+        "lost": clients[~answered].tolist(), "rejected": clients[answered & ~accepted].tolist(),
+        "loss": reports[accepted, LOSS].mean().item() if accepted.any() else None,
+        **price, "upload_bytes": price["upload_bytes"] * answered.double().mean().item(),
+        "peak_memory_bytes": int(reports[:, PEAK].max()), "seconds": seconds}
 
 def federate(config, dataset, state=None, on_round=None, client=local_train, plan=stages):
     """Train by federated rounds, and return (encoder, history). The settings passed check().
@@ -593,41 +620,16 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
                 for one in sample_clients(config, number)}
         if images.is_cuda and number == first:  # libraries' workspaces are no client's memory
             client(config, stage, state.server, images[:config.batch_size], number, 0)
-        most = max(len(parts[one]) for one in kept)
-        price = round_cost(config, state, stage, kept, most, client)
+        price = round_cost(config, state, stage, kept)
         reports = run_round(config, state, stage, done / stage.rounds, kept, images_of, client)
-        row = new_row(number, stage, kept, reports, price, time.perf_counter() - began)
+        if not images.is_cuda:
+            fullest, most = max(kept.values(), key=len), max(len(parts[one]) for one in kept)
+            reports[:, PEAK] = step_memory(config, stage, state.server, fullest, state.shape, most,
+                                           client)
+        row = new_row(number, stage, kept, price, reports, time.perf_counter() - began)
         state.history.append(row)
         if on_round:
             on_round(row, state)
-
-def new_row(number, stage, kept, reports, price, seconds):
-    """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
-
-    round, stage                   counted from 1
-    present_blocks, active_blocks  those of the stage
-    clients, kept_blocks           who was sampled, and the blocks that each kept
-    lost, rejected                 clients that did not answer; whose upload was not sound
-    loss                           of the uploads accepted; None if there are none
-    download_bytes                 of a client that keeps what it has received
-    stateless_download_bytes       of a client that keeps nothing between rounds
-    upload_bytes                   its tensors, mean loss and number of images
-    macs                           multiply-accumulates for one image, all local epochs
-    peak_memory_bytes              of the client that needs most
-    seconds                        of the round"""
-    answered, accepted = reports[:, ANSWERED] > 0, reports[:, ACCEPTED] > 0
-    if answered.any() and not reports[answered, LOSS].isfinite().any():
-        raise FloatingPointError(f"the loss became NaN or infinite everywhere in round {number}")
-    clients = torch.tensor(list(kept))
-    return {
-        "round": number, "stage": stage.number, "present_blocks": list(stage.present),
-        "active_blocks": list(stage.active), "clients": list(kept),
-        "kept_blocks": [list(blocks) for blocks in kept.values()],
-        "lost": clients[~answered].tolist(), "rejected": clients[answered & ~accepted].tolist(),
-        "loss": reports[accepted, LOSS].mean().item() if accepted.any() else None,
-        **price, "upload_bytes": price["upload_bytes"] * answered.double().mean().item(),
-        "peak_memory_bytes": int(reports[:, PEAK].max()) or price["peak_memory_bytes"],
-        "seconds": seconds}
 
 # ------------------------------ here the method ends; what follows serves the command line
 

@@ -41,13 +41,13 @@ def seconds_a_round(config, dataset, steps=4):
     message = fllw.broadcast(server, stage.present)
     one = replace(config, local_epochs=1)
     times = []
-    for n in (2, 2 + steps):  # the first steps warm up, and what comes before them is paid in both
+    for n in (2, 2, 2 + steps):  # warm up; what comes before the first step is paid in both others
         images = dataset.train_images[:n * config.batch_size].to(device)
         began = time.perf_counter()
         _, losses = fllw.local_train(one, stage, message, images, 1, 0)
         losses.sum().item()  # waits for the device
         times.append(time.perf_counter() - began)
-    step = max(times[1] - times[0], 1e-4) / steps
+    step = max(times[2] - times[1], 1e-4) / steps
     return step * config.local_epochs * len(dataset.train_images) / config.batch_size
 
 def choose_rounds(config, dataset, minutes):
