@@ -41,7 +41,7 @@ def knob(default, help, **limits):  # low <= value <= high, value < below, choic
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; the command line is generated from these fields."""
-    data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or your FILE.npz", group="data")
+    data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz", group="data")
     images: int = knob(0, "use so many of the training images; 0 means all", low=0)
     augment: str = knob("auto", "recipe of the two views; auto: digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural", "solarised"))
@@ -49,31 +49,26 @@ class Config:
     depth: int = knob(4, "number of blocks L", low=1)
     heads: int = knob(8, "attention heads; must divide dim", low=1)
     patch_size: int = knob(7, "side of a patch in pixels; must divide the image", low=1)
-    pool: str = knob("mean", "what the loss reads: the mean of all patches or the class token",
-                     choices=("mean", "token"))
+    pool: str = knob("mean", "features: mean of patches or token", choices=("mean", "token"))
     head_hidden: int = knob(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
     method: str = knob("fll", "which blocks exist and train at a stage", group="layer-wise",
                        choices=("fll", "e2e", "progressive", "lasting"))
     blocks_per_stage: int = knob(1, "blocks that a stage adds", low=1)
-    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as the "
-                          "identity (its output layers are 0), or fresh",
-                          choices=("copy", "zero", "fresh"))
-    first_share: float = knob(0.0, "the first stage's share of the rounds; 0 means an equal one",
+    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as zero "
+                          "(the identity), or fresh", choices=("copy", "zero", "fresh"))
+    first_share: float = knob(0.0, "the first stage's share of the rounds; 0: equal",
                               low=0, below=1)
-    depth_dropout: float = knob(0.25, "probability with which a client drops each frozen block "
-                                "in a round", low=0, below=1)
+    depth_dropout: float = knob(0.25, "probability that a client drops a frozen block in a round",
+                                low=0, below=1)
     clients: int = knob(2, "number of clients N", low=1, group="federation")
     clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
-    alpha: float = knob(0.0, "Dirichlet concentration of the labels over clients; 0 means IID",
-                        low=0, high=1e6)
+    alpha: float = knob(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
-    client_failure: float = knob(0.0, "probability that a sampled client never answers", low=0,
-                                 below=1)
+    client_failure: float = knob(0.0, "probability of no answer in a round", low=0, below=1)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
-    micro_batch: int = knob(0, "images whose graph is held at a time (gradient caching, exact); "
-                            "0 means the whole batch", low=0)
+    micro_batch: int = knob(0, "images whose graph is held at a time (exact); 0: all", low=0)
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
@@ -206,7 +201,7 @@ class Learner(nn.Module):
 def initial(config, shape, device="cpu"):
     """State dict of a fresh learner with all its blocks; on device "meta", shapes without data."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(int(rng(config, INIT).integers(2**63)))
+        torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
         return Learner(config, shape).state_dict()
 
 def block_of(name):
@@ -328,10 +323,12 @@ def grow(config, state, stage):
     A new block is a copy of the nearest one below it; with new_block "zero" the output layers of
     its two halves are 0, so that at first it is the identity."""
     there = {block_of(name) for name in state.server} - {None}
+    device = next(iter(state.server.values())).device
     for b in sorted(set(stage.present) - there):
         source, origin = state.server, max((o for o in there if o < b), default=min(there))
         if config.new_block == "fresh":
-            source, origin = initial(config, state.shape, state.server["head.0.weight"].device), b
+            source = {n: t.to(device) for n, t in initial(config, state.shape).items()}
+            origin = b
         for name in [name for name in source if block_of(name) == origin]:
             new = name.replace(f"blocks.{origin}.", f"blocks.{b}.")
             state.server[new], state.version[new] = source[name], state.version.get(name, new)
@@ -570,17 +567,12 @@ def run_round(config, state, stage, progress, kept, images_of, client=local_trai
 def new_row(number, stage, kept, price, reports, seconds):
     """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
 
-    round, stage                   counted from 1
-    present_blocks, active_blocks  those of the stage
-    clients, kept_blocks           who was sampled, and the blocks that each kept
-    lost, rejected                 clients that did not answer; whose upload was not sound
-    loss                           of the uploads accepted; None if there are none
-    download_bytes                 of a client that keeps what it has received
-    stateless_download_bytes       of a client that keeps nothing between rounds
-    upload_bytes                   its tensors, mean loss and number of images
-    macs                           multiply-accumulates for one image, all local epochs
-    peak_memory_bytes              of the client that needs most
-    seconds                        of the round"""
+    round, stage (from 1); present_blocks, active_blocks of the stage; clients that were sampled,
+    kept_blocks of each; lost, rejected: clients that did not answer, whose upload was not sound;
+    loss of the uploads accepted, None without any; download_bytes of a client that keeps what it
+    received, stateless_download_bytes of one that keeps nothing; upload_bytes: its tensors, mean
+    loss and number of images; macs: multiply-accumulates for one image, all local epochs;
+    peak_memory_bytes of the client that needs most; seconds."""
     answered, accepted = reports[:, ANSWERED] > 0, reports[:, ACCEPTED] > 0
     if answered.any() and not reports[answered, LOSS].isfinite().any():
         raise FloatingPointError(f"the loss became NaN or infinite everywhere in round {number}")
@@ -720,10 +712,12 @@ def run_folder(config, dataset, experiment=""):
                 for left_behind in folder.glob("*.tmp"):
                     left_behind.unlink()
                 write(folder / "config.json", mine)
+        except BlockingIOError:
+            raise InputError(f"another process is at work in {folder}: wait, or choose another "
+                             "--out") from None
         except OSError as error:
-            busy = isinstance(error, BlockingIOError)
-            why = "another process is at work there" if busy else error.strerror
-            raise InputError(f"cannot use {folder} ({why}): choose another --out") from None
+            raise InputError(f"cannot write to {folder} ({error.strerror}): choose another "
+                             "--out") from None
         if processes() > 1:
             dist.barrier()
         state = load_checkpoint(folder, config, dataset.shape)
@@ -810,17 +804,16 @@ def train(config, dataset, folder, state=None, on_round=None, client=local_train
             on_round(row, state)
         held = {one: sorted(versions) for one, versions in state.held.items()}
         write(folder / "checkpoint.pt", {**vars(state), "held": held})
-        strips = []
+        notes = []
         for kept in row["kept_blocks"][:3]:
-            strips.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
-                                  for b in row["present_blocks"]))
+            notes.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
+                                 for b in row["present_blocks"]))
         for what in ("lost", "rejected"):
-            strips += [f"{what}: client {one}" for one in row[what]]
-        loss = math.nan if row["loss"] is None else row["loss"]
-        down, up = row["download_bytes"] / 1e6, row["upload_bytes"] / 1e6
-        print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {down:>8.3f} {up:>8.3f} "
-              f"{row['peak_memory_bytes'] / 2**20:>9.1f} {row['seconds']:>8.2f}  "
-              + " ".join(strips), flush=True)
+            notes += [f"{what}: client {one}" for one in row[what]]
+        loss, mb = math.nan if row["loss"] is None else row["loss"], row["upload_bytes"] / 1e6
+        print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {row['download_bytes'] / 1e6:8.3f}"
+              f" {mb:8.3f} {row['peak_memory_bytes'] / 2**20:9.1f} {row['seconds']:8.2f} ", *notes,
+              flush=True)
 
     encoder, history = federate(config, dataset, state, after, client, plan)
     write(folder / "history.json", history)
@@ -830,13 +823,10 @@ def train(config, dataset, folder, state=None, on_round=None, client=local_train
 def judge(encoder, config, dataset):
     """evaluate() of an encoder, or of raw pixels where it is None."""
     device = pick_device(config)
-
-    def encode(images):
-        if encoder is None:
-            return images.to(device).flatten(1) / 255
-        return features(encoder.to(device), images)
-
-    return evaluate(encode, dataset, recipe(config))
+    if encoder is None:
+        return evaluate(lambda x: x.to(device).flatten(1) / 255, dataset, recipe(config))
+    encoder = encoder.to(device)
+    return evaluate(lambda images: features(encoder, images), dataset, recipe(config))
 
 def result(config, dataset, encoder, history, client=local_train, plan=stages):
     """The row of a trained method: accuracies, what a client paid, and seconds of training."""
@@ -844,8 +834,8 @@ def result(config, dataset, encoder, history, client=local_train, plan=stages):
     price = cost(config, dataset.shape, max(map(len, parts)), client, plan, history)
     if config.clients == 1:  # no federation, nothing is sent
         price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
-    seconds = sum(row["seconds"] for row in history)
-    return {**judge(encoder, config, dataset), **price, "seconds": seconds}
+    price["seconds"] = sum(row["seconds"] for row in history)
+    return judge(encoder, config, dataset) | price
 
 def run(config):
     """Train one method, and show it beside raw pixels and what end-to-end training costs."""
@@ -857,9 +847,8 @@ def run(config):
         encoder, history = train(config, dataset, out, state)
         if rank():
             return
-        mine, rows = result(config, dataset, encoder, history), {}
-        rows["raw pixels"] = judge(None, config, dataset)
-        rows[label(config)] = mine
+        mine = result(config, dataset, encoder, history)
+        rows = {"raw pixels": judge(None, config, dataset), label(config): mine}
         if config.method != "e2e":
             rows["end-to-end"] = whole = cost(replace(config, method="e2e"), dataset.shape)
             rows["ratio"] = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
