@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
 
     @property
     def classes(self):
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+        return 1 + int(torch.cat([self.train_labels, self.test_labels]).max())
 
     def digest(self):
         """SHA-256 over the shapes and contents of all four arrays, as hexadecimal text."""
@@ -53,9 +53,9 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 class Archive(NamedTuple):
     """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
     url: str
-    size: int         # bytes
+    size: int  # bytes
     sha256: str
-    train: list       # members of the archive
+    train: list  # members of the archive
     test: list
     label_bytes: int  # the last of them is the class
 
@@ -84,8 +84,7 @@ def load(name, cache="~/.cache/fllw", images=0):
                          "path of an .npz file")
     there = len(dataset.train_images)
     if images > there:
-        raise InputError(f"{name} has {there:,} training images: --images must be at most that, "
-                         f"it is {images:,}")
+        raise InputError(f"{name} has {there:,} training images: --images must be at most that")
     if images:
         kept = np.sort(np.random.default_rng(0).permutation(there)[:images])
         dataset = dataset._replace(train_images=dataset.train_images[kept],
@@ -162,20 +161,19 @@ def download(archive, cache):
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with lock(path.with_suffix(".lock")):
-            if path.exists():
-                if sha256(path) != archive.sha256:
-                    raise InputError(f"{path} does not match its SHA-256, so it is damaged: delete "
-                                     "it and run the command again")
-                return path
-            fetch(archive, part)
-            if sha256(part) != archive.sha256:
+            if not path.exists():
+                fetch(archive, part)
+                if sha256(part) == archive.sha256:
+                    os.replace(part, path)
+                    return path
                 part.unlink()
                 raise InputError(f"what {archive.url} sent does not match its SHA-256 and was "
                                  "deleted: run the command again")
-            os.replace(part, path)
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         raise InputError(f"could not download {archive.url} ({error}): run the same command again "
                          f"to resume, or put the file at {path} yourself") from None
+    if sha256(path) != archive.sha256:
+        raise InputError(f"{path} does not match its SHA-256: delete it and run the command again")
     return path
 
 def fetch(archive, part, chunk=1 << 20):
@@ -242,20 +240,18 @@ class Recipe:
     shift: float = 0.0   # +- share of the image's size, on top of the crop's random place
     rotate: float = 0.0  # +- degrees
     shear: float = 0.0   # +- degrees
-    elastic: float = 0.0  # +- share of the image's size by which a 4 x 4 net moves (Simard 2003)
-    flip: float = 0.0    # probability of a horizontal flip
-    jitter: float = 0.0  # probability of changing the colours as follows
-    brightness: float = 0.0  # factor in 1 +- brightness; likewise contrast and saturation
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0     # +- turns of the colour circle
-    grey: float = 0.0    # probability of dropping all colour
-    blur: float = 0.0    # probability of a Gaussian blur, sigma in [0.1, 2] pixels
+    elastic: float = 0.0   # +- share of the image's size by which a 4 x 4 net moves (Simard 2003)
+    flip: float = 0.0      # probability of a horizontal flip
+    jitter: float = 0.0    # probability of changing the colours, by factors in
+    colours: float = 0.0   # 1 +- this for brightness, contrast and saturation, and by
+    hue: float = 0.0       # +- turns of the colour circle
+    grey: float = 0.0      # probability of dropping all colour
+    blur: float = 0.0      # probability of a Gaussian blur, sigma in [0.1, 2] pixels
     solarise: float = 0.0  # probability of inverting the pixels above one half
 
 DIGITS = Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05)
-NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
-                 saturation=0.4, hue=0.1, grey=0.2, blur=0.5)
+NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, colours=0.4, hue=0.1, grey=0.2,
+                 blur=0.5)
 RECIPES = {"digits": DIGITS, "natural": NATURAL, "solarised": replace(NATURAL, solarise=0.2)}
 LIGHT = {  # for supervised training, where a view must keep its class
     "digits": Recipe((0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
@@ -336,9 +332,7 @@ def colour(x, recipe, uniform):
     x: [B, C, H, W] in 0..1."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
-    bright = 1 + apply * uniform(-1, 1) * recipe.brightness
-    contrast = 1 + apply * uniform(-1, 1) * recipe.contrast
-    saturate = 1 + apply * uniform(-1, 1) * recipe.saturation
+    bright, contrast, saturate = 1 + apply * uniform(-1, 1, 3) * recipe.colours
     turn = 2 * math.pi * apply * uniform(-1, 1) * recipe.hue
     saturate = (saturate * (uniform(0, 1) >= recipe.grey))[:, None, None]
     weights = (0.299, 0.587, 0.114) if C == 3 else [1 / C] * C
