@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import fllw
 import ssl_loss
+from experiments import compare
 from fllw import Config, InputError, Stage
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +43,7 @@ SHAPE = (1, 14, 14)
 PAPER = Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256, clients=10,
                rounds=180, local_epochs=3, batch_size=512, depth_dropout=0.0, device="cpu")
 METHODS = ["fll", "e2e", "progressive", "lasting"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -564,7 +566,8 @@ def test_same_seed_same_numbers_and_another_seed_others(unmetered):
     results = [fllw.federate(replace(SMALL, seed=seed), images()) for seed in (1, 1, 2)]
     (a, first), (b, second), (c, _) = results
     assert timeless(first) == timeless(second)
-    assert same_tensors(a.state_dict(), b.state_dict()) and not torch.equal(a.pos_embed, c.pos_embed)
+    assert same_tensors(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.pos_embed, c.pos_embed)
 
 
 def test_a_clients_result_depends_on_seed_round_and_client_alone():
@@ -630,26 +633,16 @@ def test_fedavg_equals_the_plain_weighted_mean():
     assert fllw.Average(states[0]).mean() == {}
 
 
-def rounds_with(client, config=SMALL, times=1, shape=SHAPE):
-    """State, server before and reports of rounds of stage 1, for clients with 10, 20, ... images."""
-    stage, state = fllw.stages(config)[0], fllw.start(config, shape)
-    kept = {one: stage.present for one in range(config.clients)}
-    before = dict(state.server)
-    for _ in range(times):
-        before = dict(state.server)
-        reports = fllw.run_round(config, state, stage, 0.0, kept,
-                                 lambda one: images(10 * (one + 1)).train_images, client)
-        state.history.append({"round": len(state.history) + 1})
-    return state, before, reports
-
-
 def test_huge_finite_uploads_do_not_make_the_server_infinite():
     """Their float32 mean, taken step by step, was infinite."""
     def client(config, stage, message, images, number, one, progress):
         sign = (1, -1, 1)[one]
-        return {name: torch.full_like(t, sign * 3e38) for name, t in message.items()}, torch.ones(1)
+        return {n: torch.full_like(t, sign * 3e38) for n, t in message.items()}, torch.ones(1)
 
-    state, _, reports = rounds_with(client)
+    stage, state = fllw.stages(SMALL)[0], fllw.start(SMALL, SHAPE)
+    own = [images(10 * (one + 1)).train_images for one in range(3)]
+    kept = {one: stage.present for one in range(3)}
+    reports = fllw.run_round(SMALL, state, stage, 0.0, kept, own.__getitem__, client)
     assert reports[:, fllw.ACCEPTED].tolist() == [1, 1, 1]
     expected = torch.tensor(3e38 * (10 - 20 + 30) / 60)
     assert all(torch.allclose(t, expected) for t in state.server.values())
@@ -684,9 +677,12 @@ def test_nan_on_every_client_stops_with_the_last_round_kept(unmetered):
         upload = {n: t * factor for n, t in message.items() if stage.trains(n)}
         return upload, torch.tensor([factor])
 
+    def after(row, state):
+        states.append(copied(state))
+
     states = []
     with pytest.raises(FloatingPointError, match="round 3"):
-        fllw.federate(SMALL, images(), None, lambda row, state: states.append(copied(state)), client)
+        fllw.federate(SMALL, images(), None, after, client)
     assert len(states) == 2 and all(t.isfinite().all() for t in states[-1].server.values())
 
 
@@ -862,9 +858,8 @@ def test_macs_of_a_run_follow_depth_dropout_and_epochs(unmetered):
         each = [fllw.macs(config, stage, kept, SHAPE) for kept in row["kept_blocks"]]
         assert row["macs"] == 2 * np.mean(each)
     block = 2 * (5 * 12 * 16**2 + 2 * 5**2 * 16)  # two views, forward alone
-    kept, all_kept = ([row["kept_blocks"] for row in h] for h in (history, history))
-    full = fllw.macs(config, stage, (0, 1, 2), SHAPE)
-    assert full - fllw.macs(config, stage, (2,), SHAPE) == 2 * block and kept == all_kept
+    full, dropped = (fllw.macs(config, stage, kept, SHAPE) for kept in ((0, 1, 2), (2,)))
+    assert full - dropped == 2 * block
 
 
 # --------------------------------------------------------------------------------------- memory
@@ -1473,14 +1468,81 @@ ROW = {"round", "stage", "present_blocks", "active_blocks", "clients", "kept_blo
        "lost", "rejected", "seconds"}
 
 
+def child(arguments, output, env, dies_at, metered):
+    """In a process of its own: the command, which at its dies_at-th write kills itself."""
+    os.environ.update(env)
+    sys.argv = ["fllw.py"]
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w")
+    writes, fsync = iter(range(1, 1000)), os.fsync
+
+    def dying(descriptor):
+        if next(writes) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = dying
+    if not metered:
+        fllw.step_memory = no_memory
+    fllw.command(functools.partial(fllw.main, list(map(str, arguments))))
+
+
+class Children:
+    """Commands in processes that are forked from one which has imported torch: that is quick."""
+
+    def __init__(self, folder):
+        self.context, self.folder, self.count = multiprocessing.get_context("forkserver"), folder, 0
+        self.context.set_forkserver_preload(["pytest", "torch._dynamo", "fllw"])
+
+    def start(self, *arguments, env=(), dies_at=0, metered=False):
+        self.count += 1
+        output = self.folder / f"output{self.count}"
+        everything = (arguments, output, dict(env), dies_at, metered)
+        process = self.context.Process(target=child, args=everything)
+        process.start()
+        process.output = output
+        return process
+
+    def run(self, *arguments, **more):
+        """(exit status, all that was printed)"""
+        return self.end(self.start(*arguments, **more))
+
+    def end(self, process):
+        process.join(300)
+        process.kill()
+        return process.exitcode, process.output.read_text()
+
+    def run_together(self, *commands):
+        """One command a process, as torchrun would start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for i, arguments in enumerate(commands):
+            env = {"TORCHELASTIC_RUN_ID": "test", "RANK": str(i), "LOCAL_RANK": str(i),
+                   "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+            processes.append(self.start(*arguments, env=env))
+        return [self.end(process) for process in processes]
+
+
 @pytest.fixture(scope="session")
-def finished(npz, tmp_path_factory):
-    """A finished run: its folder and what the command printed, in a process of its own."""
+def children(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(HERE))
+        yield Children(tmp_path_factory.mktemp("children"))
+
+
+@pytest.fixture(scope="session")
+def finished(npz, children, tmp_path_factory):
+    """A finished run: its folder and what the command printed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    done = subprocess.run([sys.executable, HERE / "fllw.py", "--data", npz, *TINY, "--out", folder],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return folder, done.stdout
+    status, printed = children.run("--data", npz, *TINY, "--out", folder, metered=True)
+    assert status == 0, printed
+    return folder, printed
 
 
 def saved_json(folder, name):
@@ -1519,14 +1581,11 @@ def test_a_finished_run_shows_its_table_and_is_left_as_it_was(npz, finished, cap
     assert before == {path: path.read_bytes() for path in folder.glob("*.*")}
 
 
-def test_a_folder_belongs_to_its_settings_and_images(npz, finished, tmp_path, monkeypatch):
+def test_a_folder_belongs_to_its_settings_and_images(npz, finished):
     folder, _ = finished
     before = files(folder)
     for other in (["--rounds", 3], ["--seed", 1], ["--lr", 0.5], ["--method", "e2e"]):
-        given = ["--data", npz, *TINY, *other]
-        if other[-1] == "e2e":
-            given += []
-        assert other[0][2:] in refused(folder.parent, *given, out="run")
+        assert other[0][2:] in refused(folder.parent, "--data", npz, *TINY, *other, out="run")
     swapped = npz.read_bytes()
     try:  # another file of the same name and shape
         save_npz(npz, images(seed=1))
@@ -1697,71 +1756,6 @@ def test_labels_name_what_has_an_effect():
 
 # --------------------------------------------------- several processes, killed or side by side
 
-def child(arguments, output, env, dies_at):
-    """In a process of its own: the command, which at its dies_at-th write kills itself."""
-    os.environ.update(env)
-    sys.argv = ["fllw.py"]
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w")
-    writes, fsync = iter(range(1, 1000)), os.fsync
-
-    def dying(descriptor):
-        if next(writes) == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(descriptor)
-
-    os.fsync, fllw.step_memory = dying, no_memory
-    fllw.command(functools.partial(fllw.main, list(map(str, arguments))))
-
-
-class Children:
-    """Commands in processes that are forked from one which has imported torch: that is quick."""
-
-    def __init__(self, folder):
-        self.context, self.folder, self.count = multiprocessing.get_context("forkserver"), folder, 0
-        self.context.set_forkserver_preload(["pytest", "fllw"])
-
-    def start(self, *arguments, env=(), dies_at=0):
-        self.count += 1
-        output = self.folder / f"output{self.count}"
-        process = self.context.Process(target=child,
-                                       args=(arguments, output, dict(env), dies_at))
-        process.start()
-        process.output = output
-        return process
-
-    def run(self, *arguments, **more):
-        """(exit status, all that was printed)"""
-        return self.end(self.start(*arguments, **more))
-
-    def end(self, process):
-        process.join(120)
-        return process.exitcode, process.output.read_text()
-
-    def run_together(self, *commands):
-        """One command a process, as torchrun would start them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = []
-        for i, arguments in enumerate(commands):
-            env = {"TORCHELASTIC_RUN_ID": "test", "RANK": str(i), "LOCAL_RANK": str(i),
-                   "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-            processes.append(self.start(*arguments, env=env))
-        return [self.end(process) for process in processes]
-
-
-@pytest.fixture(scope="session")
-def children(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(HERE))
-        yield Children(tmp_path_factory.mktemp("children"))
-
-
 def test_a_run_killed_at_every_kind_of_write_goes_on_to_the_same_bits(npz, children, tmp_path):
     arguments = ["--data", npz, *TINY, "--client-failure", 0.3, "--local-epochs", 2, "--out"]
     assert children.run(*arguments, tmp_path / "whole")[0] == 0
@@ -1807,12 +1801,12 @@ def test_ctrl_c_is_one_sentence(npz, children, tmp_path):
 
 
 def test_two_of_one_command_at_once(npz, children, tmp_path):
-    arguments = ["--data", npz, *TINY, "--rounds", 30, "--out", tmp_path / "run"]
+    arguments = ["--data", npz, *TINY, "--rounds", 12, "--out", tmp_path / "run"]
     first, second = children.start(*arguments), children.start(*arguments)
     ends = sorted([children.end(first), children.end(second)])
     assert [status for status, _ in ends] == [0, 2], ends
     assert "another process" in ends[1][1] and len(ends[1][1].strip().splitlines()) == 1
-    assert len(saved_json(tmp_path / "run", "history")) == 30
+    assert len(saved_json(tmp_path / "run", "history")) == 12
 
 
 def test_no_reader_ever_sees_half_a_file(tmp_path):
@@ -1873,7 +1867,7 @@ def test_torchrun_gives_the_history_of_one(npz, finished, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          HERE / "fllw.py", "--data", npz, *TINY, "--out", tmp_path / "two"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^ +\d +\d +\d\.\d{3} ", done.stdout, re.M)) == 6
     one, two = (saved_json(folder, "history") for folder in (finished[0], tmp_path / "two"))
@@ -2033,3 +2027,39 @@ def test_no_function_is_over_40_lines(module):
 
 
 # --- experiments
+
+def bright_bars(n=200):
+    """Images in which the place of a bright bar tells the class."""
+    d = images(n)
+    for pixels, labels in ((d.train_images, d.train_labels), (d.test_images, d.test_labels)):
+        pixels //= 4
+        for i, label in enumerate(labels):
+            pixels[i, :, 2 * label:2 * label + 4] += 160
+    return d
+
+
+def test_fine_tuning_learns_follows_its_schedule_and_leaves_the_encoder_alone(monkeypatch):
+    d, rates, plain = bright_bars(), [], data.Recipe(area=(1, 1), aspect=1)
+    encoder = fllw.encoder_of(SMALL, fllw.initial(SMALL, SHAPE), SHAPE)
+    before, step = {n: t.clone() for n, t in encoder.state_dict().items()}, torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
+        self.param_groups[0]["lr"]) or step(self))
+    accuracy = compare.finetune(encoder, d, plain, torch.Generator().manual_seed(0), 16, 2, 50,
+                                 3e-3)
+    assert accuracy > 90
+    now = np.arange(1, 65) / 4  # epochs
+    expected = 3e-3 * np.where(now < 2, now / 2, (1 + np.cos(np.pi * (now - 2) / 14)) / 2)
+    assert rates == pytest.approx(expected)
+    assert same_tensors(before, encoder.state_dict()) and not encoder.training
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_fine_tuning_with_few_labels_sees_so_many_of_each_class(monkeypatch):
+    d, seen = bright_bars(), []
+    encoder = fllw.encoder_of(SMALL, fllw.initial(SMALL, SHAPE), SHAPE)
+    monkeypatch.setattr(data, "view", lambda x, *_: seen.append(x) or data.normalise(x))
+    compare.finetune(encoder, d, None, torch.Generator().manual_seed(0), 2, labels_per_class=3)
+    assert [len(x) for x in seen] == [15, 15] and torch.equal(*[x.sort(0).values for x in seen])
+    places = {bytes(image.numpy()): label.item()
+              for image, label in zip(d.train_images, d.train_labels)}
+    assert np.bincount([places[bytes(i.numpy())] for i in seen[0]]).tolist() == [3] * 5
