@@ -1,0 +1,150 @@
+"""A stage ends when its loss on held-out images stops falling, and tunes its own learning rate.
+
+After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
+Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules follow a separation
+index, which needs them. Here each client holds back a tenth of its images and reports, instead of
+its training loss, the NT-Xent of the model it receives on them. A stage starts with twice --lr; a
+round that does not lower the clients' mean halves the rate (a line search, a trial a round); after
+a few such rounds in a row it is over. ViT or CNN. Exact resume and torchrun hold as in fllw.py.
+"""
+import json
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import fllw
+from experiments.compare import save, table
+
+HELD_OUT = 200  # what its draws are for
+EVENLY = "as many rounds, evenly"
+CASES = {"all rounds": {"patience": 0}, "early": {"tuned": False}, "early, tuned": {},
+         EVENLY: {"patience": 0}, "one block": {"patience": 0, "method": "e2e", "depth": 1}}
+
+@dataclass(frozen=True)
+class Settings(fllw.Config):
+    encoder: str = "vit"
+    patience: int = 2  # rounds; 0: every stage has all its rounds, and a cosine
+    tolerance: float = 0.01
+    tuned: bool = True  # or the rate is --lr throughout
+
+@dataclass(frozen=True)
+class Stage(fllw.Stage):
+    rate: float
+
+class CNN(nn.Module):  # blocks of conv 3x3, norm, ReLU halve the image and double the channels
+    def __init__(self, config, shape):
+        super().__init__()
+        self.dim, before, self.blocks = config.dim, shape[0], nn.ModuleList()
+        for b in reversed(range(config.depth)):
+            after = max(4, config.dim >> b)
+            self.blocks.append(nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1),
+                                             nn.GroupNorm(1, after), nn.ReLU()))
+            before = after
+
+    def lower(self, images, stop):
+        return nn.Sequential(*self.blocks[:stop])(images)
+
+    def upper(self, x, start):
+        x = nn.Sequential(*self.blocks[start:])(x).mean((2, 3))
+        return F.pad(x, (0, self.dim - x.shape[1]))  # the head is as wide at every stage
+
+    def forward(self, images):
+        return self.upper(images, 0)
+
+class Learner(fllw.Learner):
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        if config.encoder == "cnn":
+            self.encoder = CNN(config, shape)
+
+def macs(config, stage, kept, shape, plain=fllw.macs):
+    if config.encoder == "vit":
+        return plain(config, stage, kept, shape)
+    height, width = shape[1:]
+    total = 3 * config.head_hidden * (config.dim + config.head_hidden + config.head_dim)
+    for name, tensor in fllw.initial(config, shape, "meta").items():
+        if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
+    return 2 * total  # as fllw.macs counts
+
+def follow(losses, patience, tolerance):
+    """(how often the losses did not fall, after how many they had not `patience` times running)."""
+    best, failures, in_a_row = float("inf"), 0, 0
+    for done, loss in enumerate(losses, 1):
+        if loss < best - tolerance:
+            best, in_a_row = loss, 0
+        else:
+            failures, in_a_row = failures + 1, in_a_row + 1
+        if in_a_row == patience:
+            return failures, done
+    return failures, None
+
+def plan(config, history):
+    """fllw.stages, each as long as its held-out loss falls, with its rate."""
+    result = []
+    for stage in fllw.stages(config):
+        losses = [row["loss"] for row in history if row["stage"] == stage.number and row["loss"]]
+        failures, over = follow(losses, config.patience, config.tolerance)
+        rate = 2 * config.lr / 2**failures if config.tuned else config.lr
+        result.append(Stage(stage.number, stage.present, stage.active, over or stage.rounds, rate))
+    return result
+
+def early_train(config, stage, message, images, number, client, progress=0.0):
+    """A client's work; its loss is that of the model received on a tenth of its images, held out.
+    Two batches always stay to train on; a client with no more reports its training loss."""
+    held = max(0, min(len(images) // 10, len(images) - 2 * config.batch_size))
+    forever = replace(stage, rounds=10**9)  # its cosine stays at the top
+    upload, losses = fllw.local_train(replace(config, lr=stage.rate), forever, message,
+                                      images[held:], number, client)
+    return upload, held_out_loss(config, stage, message, images[:held], client) if held else losses
+
+@torch.no_grad()
+def held_out_loss(config, stage, message, images, client):
+    """NT-Xent of a client's held-out images, under the same views in every round."""
+    learner = fllw.receive(config, message, images.shape[1:], stage)
+    frozen, active, head = fllw.in_three(config, learner, stage)
+    draws = fllw.generator(config, images.device, HELD_OUT, client)
+    z = head(active(frozen(data.two_views(images, data.RECIPES[fllw.recipe(config)], draws))))
+    return fllw.nt_xent(*z.chunk(2), config.temperature)
+
+def run(config, dataset):
+    client, plan_of = (early_train, plan) if config.patience else (fllw.local_train, fllw.stages)
+    with fllw.run_folder(config, dataset, "early stopping") as (folder, state):
+        if (folder / "summary.json").exists():
+            return json.loads((folder / "summary.json").read_text())
+        done = fllw.train(config, dataset, folder, state, client=client, plan=plan_of)
+        row = fllw.result(config, dataset, *done, client, plan_of) | {"rounds": len(done[1])}
+        fllw.write(folder / "summary.json", row)
+        return row
+
+def main(arguments=None):
+    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.early_stopping")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="instead of --seed")
+    parser.add_argument("--encoders", nargs="+", choices=("vit", "cnn"), default=["cnn", "vit"])
+    given = vars(parser.parse_args(arguments))
+    seeds, encoders, rows = given.pop("seeds"), given.pop("encoders"), {}
+    config = Settings(**{"images": 1000, "rounds": 40, **given, "depth_dropout": 0.0})
+    fllw.join_processes(config)
+    fllw.Learner, fllw.macs = Learner, macs  # the method finds both by these names
+    dataset = data.load(config.data, config.cache, config.images)
+    for encoder in encoders:
+        for name, change in CASES.items():
+            new_block, done = {"vit": "copy", "cnn": "fresh"}[encoder], []  # shapes differ
+            one = replace(config, encoder=encoder, new_block=new_block, **change)
+            fllw.check(one)
+            for i, seed in enumerate(seeds):
+                if name == EVENLY:
+                    one = replace(one, rounds=rows[f"{encoder} early, tuned"]["rounds"][i])
+                out = f"{config.out or 'runs/early'}/{encoder}-{name.replace(' ', '-')}-{seed}"
+                done.append(run(replace(one, seed=seed, out=out), dataset))
+            rows[f"{encoder} {name}"] = {key: [row[key] for row in done] for key in done[0]}
+    print(table(rows, {"rounds": ("rounds", 1, ".1f"), **fllw.COLUMNS}))
+    save("early_stopping", "python -m experiments.early_stopping " + " ".join(sys.argv[1:]), rows)
+
+if __name__ == "__main__":
+    fllw.command(main)
