@@ -155,7 +155,8 @@ def similarities(matrix):
     for i in range(2 * half):
         j = (i + half) % (2 * half)
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, linewidth=1.5))
-    ax.set(xlabel="view k", ylabel="view i")
+    ax.set(xlabel="view k", ylabel="view i", xticks=range(0, 2 * half, 5),
+           yticks=range(0, 2 * half, 5))
     ax.grid(False)
     figure.colorbar(shown, label="cosine similarity")
     return done(figure)
@@ -217,7 +218,7 @@ def stage_strip(depth, rounds):
         bars = bottom.bar(np.arange(len(numbers)) + side, sums, 0.38, hatch=hatch, label=key,
                           color="#999999" if hatch else "#555555", edgecolor="white")
         bottom.bar_label(bars, [f"{s:.2f}" for s in sums], fontsize=8)
-    names = [f"stage {n}\n{plan[n].rounds} rounds" for n in numbers]
+    names = [f"stage {n}\nrounds: {plan[n].rounds}" for n in numbers]
     bottom.set(xticks=range(len(numbers)), xticklabels=names, ylabel="MB a client")
     bottom.margins(y=0.15)
     bottom.legend(frameon=False, fontsize=8, loc="upper right", ncol=2)
@@ -240,6 +241,7 @@ def moved(losses, changes):
     """Losses of a client's local steps; changes: part of the model -> relative change in %."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
     left.plot(range(1, len(losses) + 1), losses, color=look("FLL")["color"], marker=".")
+    left.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     left.set(xlabel="local step", ylabel="NT-Xent (nats)", title="the loss of every local step")
     colours = [STATES["active" if change else "frozen"] for change in changes.values()]
     bars = right.bar(list(changes), list(changes.values()), color=colours)
@@ -293,16 +295,16 @@ def curves(depth, history, runs, raw):
     return done(figure)
 
 def accuracies(rows, columns):
-    """Dots for every seed (or draw) and a bar for the mean; rows: method -> {key: numbers}."""
+    """Dots for every seed (or draw), a line at the mean; rows: method -> {key: numbers}."""
     figure, axes = plt.subplots(1, len(columns), figsize=(11, 0.42 * len(rows) + 1.1), sharey=True,
                                 layout="constrained")
     for ax, (key, title) in zip(axes, columns.items()):
         for y, (name, row) in enumerate(rows.items()):
             values, kind = np.atleast_1d(row[key]), look(name)
-            ax.barh(y, values.mean(), color=kind["color"], alpha=0.45, height=0.7)
             ax.scatter(values, np.full(len(values), y), color=kind["color"], marker=kind["marker"],
-                       s=26, zorder=3)
-            ax.text(values.max(), y, f"  {values.mean():.1f}", va="center", fontsize=8)
+                       s=45, alpha=0.6)
+            ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=kind["color"], linewidth=2.5)
+            ax.text(values.max(), y, f"   {values.mean():.1f}", va="center", fontsize=9)
         everything = np.concatenate([np.atleast_1d(row[key]) for row in rows.values()])
         low, high = everything.min(), everything.max()
         ax.set(title=title, xlim=(low - 0.3 * (high - low) - 1, high + 0.3 * (high - low) + 1),
@@ -339,8 +341,7 @@ def against_cost(runs, raw):
     axes[2].margins(x=0.2)
     axes[2].set_xlim(0)
     axes[0].set_ylabel("k-NN on moved images (%)")
-    axes[2].legend(frameon=False, fontsize=8, loc="lower right")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[2].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return done(figure)
 
 def knob(panels, ylabel):
@@ -350,9 +351,10 @@ def knob(panels, ylabel):
     for ax, (title, values) in zip(axes[0], panels.items()):
         means = [np.mean(v) for v in values.values()]
         errors = [np.std(v, ddof=min(1, len(v) - 1)) for v in values.values()]
-        ax.errorbar(range(len(values)), means, errors, color=FDD[0], marker="o", capsize=4)
+        ax.errorbar(range(len(values)), means, errors, color=FDD[0], marker="o", markersize=9,
+                    capsize=6, linestyle="")
         for x, numbers in enumerate(values.values()):
-            ax.scatter(np.full(len(numbers), x), numbers, color="#555555", s=10, zorder=3)
+            ax.scatter(np.full(len(numbers), x + 0.15), numbers, color="#555555", s=12)
         ax.set(xlabel=title, xticks=range(len(values)), xticklabels=list(map(str, values)))
         ax.margins(x=0.15)
     axes[0, 0].set_ylabel(ylabel)
