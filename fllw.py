@@ -4,7 +4,12 @@ Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Laye
 and Depth Dropout" (arXiv 2309.05213); accounting after Tun et al. 2024, "LW-FedSSL" (2401.11647).
 
 Read it from top to bottom: settings, model, stages and depth dropout, the server's state, one
-client, cost, the rounds, evaluation. There the method ends; the rest serves the command line.
+client, cost, the rounds. There the method ends; the rest serves the command line. ssl_loss.py has
+the loss and the local step (forward and backward), data.py the images and their views.
+
+A run has stages, a stage has rounds. In a stage some blocks are present; of these some are active
+(they train), the others frozen, and depth dropout lets a client drop frozen ones. Rounds and
+stages count from 1, blocks and clients from 0.
 """
 import argparse
 import contextlib
@@ -85,7 +90,7 @@ def rng(config, *key):
     return np.random.default_rng([config.seed, *key])
 
 def generator(config, device, *key):
-    """A torch generator for (seed, *key) alone."""
+    """A torch generator on the device, for (seed, *key) alone."""
     return torch.Generator(device).manual_seed(int(rng(config, *key).integers(2**63)))
 
 def recipe(config):
@@ -94,7 +99,7 @@ def recipe(config):
     return auto if config.augment == "auto" else config.augment
 
 def pick_device(config):
-    """The torch.device of a run; under torchrun every process has a GPU of its own."""
+    """The torch.device of a run; under torchrun, auto and cuda give each process its own GPU."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     auto = gpu if torch.cuda.is_available() else "cpu"
     try:
@@ -216,7 +221,8 @@ def assemble(config, tensors, shape):
     there = {block_of(name) for name in tensors}
     for b in set(range(config.depth)) - there:
         learner.encoder.blocks[b] = nn.Identity()
-    learner.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
+    own = {name: t.clone() for name, t in tensors.items()}  # what trains is not the server's
+    learner.load_state_dict(own, assign=True)
     return learner
 
 def encoder_of(config, server, shape):
@@ -247,22 +253,22 @@ class Stage:
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
 
-    history: the rows of the rounds done; a plan may look at them (this one does not)."""
+    history: the rows of the rounds done, for plans that end a stage by its loss, say."""
     L, k = config.depth, config.blocks_per_stage
-    every = tuple(range(L))
-    tops = range(k, L + 1, k)
-    blocks = {  # (present, active), stage by stage
-        "e2e": [(every, every)],
-        "progressive": [(every[:top], every[:top]) for top in tops],
-        "fll": [(every[:top], every[top - k:top]) for top in tops],
-        "lasting": [(every[:top] + (L - 1,), every[top - k:top] + (L - 1,))  # block L stays on top
-                    for top in range(k, L, k)]}[config.method]
+    every, tops = tuple(range(L)), range(k, L + 1, k)
+    choices = {  # (present, active), stage by stage
+        "e2e": [(every, every)],                                         # everything at once
+        "progressive": [(every[:top], every[:top]) for top in tops],     # all so far train
+        "fll": [(every[:top], every[top - k:top]) for top in tops],      # only the newest train
+        "lasting": [(every[:top] + every[-1:], every[top - k:top] + every[-1:])
+                    for top in range(k, L, k)]}  # and the last one, there from the first stage on
+    blocks = choices[config.method]
     plan, rounds_left = [], config.rounds
     for number, (present, active) in enumerate(blocks, 1):
         later = len(blocks) - number
         rounds = math.ceil(rounds_left / (later + 1))
         if number == 1 and later and config.first_share:
-            rounds = min(max(1, round(config.first_share * config.rounds)), rounds_left - later)
+            rounds = min(max(1, round(config.first_share * config.rounds)), config.rounds - later)
         plan.append(Stage(number, present, active, rounds))
         rounds_left -= rounds
     return plan
@@ -296,18 +302,20 @@ def broadcast(server, kept):
 
 # --------------------------------------------------------------------- what the server holds
 
+ZERO = "zero"  # the version of tensors that everybody knows to be 0, so that nothing is sent
+
 @dataclass
 class State:
     """All there is between two rounds."""
     shape: tuple   # (channels, height, width) of an image
     server: dict   # name -> tensor: the encoder so far, and the head
-    version: dict  # name -> which tensor that is: equal versions are equal tensors
+    version: dict  # name -> which tensor that is: a copy has the version of its original
     history: list = field(default_factory=list)  # one dict a round, see new_row()
     held: dict = field(default_factory=dict)     # client -> versions that it has received
     changes: int = 0                             # how often update() was called
 
     def update(self, tensors):
-        """Put new tensors in place of the server's; whoever changes the server does it so."""
+        """Put new tensors in place of the server's, each with a version of its own."""
         self.changes += 1
         self.server |= tensors
         self.version |= {name: f"{name}@{self.changes}" for name in tensors}
@@ -320,20 +328,20 @@ def start(config, shape, plan=stages, device="cpu"):
 def grow(config, state, stage):
     """Add the blocks that are new in this stage to the server's state.
 
-    A new block is a copy of the nearest one below it; with new_block "zero" the output layers of
-    its two halves are 0, so that at first it is the identity."""
+    A new block is a copy of the nearest one below it, or else of the lowest; with new_block
+    "zero" the output layers of its two halves are 0: at first it is the identity."""
     there = {block_of(name) for name in state.server} - {None}
     device = next(iter(state.server.values())).device
     for b in sorted(set(stage.present) - there):
         source, origin = state.server, max((o for o in there if o < b), default=min(there))
         if config.new_block == "fresh":
-            source = {n: t.to(device) for n, t in initial(config, state.shape).items()}
-            origin = b
-        for name in [name for name in source if block_of(name) == origin]:
+            source, origin = initial(config, state.shape), b
+        for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
             new = name.replace(f"blocks.{origin}.", f"blocks.{b}.")
-            state.server[new], state.version[new] = source[name], state.version.get(name, new)
+            version = state.version.get(name, new)
             if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
-                state.server[new], state.version[new] = torch.zeros_like(source[name]), ZERO
+                tensor, version = torch.zeros_like(tensor), ZERO
+            state.server[new], state.version[new] = tensor.to(device), version
         there.add(b)
 
 # --------------------------------------------------------------------------------- one client
@@ -346,26 +354,24 @@ def receive(config, message, shape, stage):
     return learner
 
 def in_three(config, learner, stage):
-    """The learner as three functions: the frozen part, without a graph, the active part, the head.
+    """The learner as three functions: frozen blocks, without a graph; the rest of it; the head.
 
-    The frozen part is what lies below the first active block; under amp all three run in bf16."""
+    The first runs what lies below the first active block: images -> tokens, or images as they are
+    where the embedding trains, too. The second makes of these features [B, D]."""
     encoder, first = learner.encoder, min(stage.active)
-    kind = next(learner.parameters()).device.type
-    amp = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=config.amp)
+    amp = torch.autocast(next(learner.parameters()).device.type, torch.bfloat16,
+                         enabled=config.amp)
 
-    def frozen(images):
-        with torch.no_grad(), amp():
-            return encoder.lower(images, first) if first else images
+    @amp
+    @torch.no_grad()
+    def below(images):
+        return encoder.lower(images, first) if first else images
 
-    def active(x):
-        with amp():
-            return encoder.upper(x, first) if first else encoder(x)
+    @amp
+    def rest(x):
+        return encoder.upper(x, first) if first else encoder(x)
 
-    def head(features):
-        with amp():
-            return learner.head(features)
-
-    return frozen, active, head
+    return below, rest, amp(learner.head.forward)
 
 def local_train(config, stage, message, images, number, client, progress=0.0,
                 step=contrastive_step):
@@ -380,10 +386,11 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
                                   fused=True)
-    frozen, active, head = in_three(config, learner, stage)
+    below, rest, head = in_three(config, learner, stage)
+    views_of = data.RECIPES[recipe(config)]
     draws = generator(config, images.device, TRAINING, number, client)
 
-    def criterion(z):  # [2B, D]
+    def criterion(z):  # [2B, head_dim]
         return nt_xent(*z.chunk(2), config.temperature)
 
     batch = min(config.batch_size, len(images))
@@ -396,16 +403,15 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
             cosine = (1 + math.cos(math.pi * (progress + in_round / stage.rounds))) / 2
             optimizer.param_groups[0]["lr"] = config.lr * cosine
             optimizer.zero_grad()
-            losses.append(step(frozen, active, head,
-                               data.two_views(images[chosen], data.RECIPES[recipe(config)], draws),
-                               criterion, config.micro_batch))
+            loss = step(below, rest, head, data.two_views(images[chosen], views_of, draws),
+                        criterion, config.micro_batch)  # forward and backward
+            losses.append(loss)
             optimizer.step()
     return {name: p.detach() for name, p in trained.items()}, torch.stack(losses)
 
 # --------------------------------------------------------------------------------------- cost
 
 REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
-ZERO = "zero"      # the version of tensors that everybody knows to be 0: nothing is sent
 
 def download_bytes(state, kept):
     """Bytes that a round sends down, means over clients: (keeping what it has, stateless).
@@ -448,9 +454,11 @@ def step_memory(config, stage, server, kept, image_shape, images=0, client=local
     """Peak bytes of a client's local step; server: tensors, of which only shapes matter.
 
     images: how many the client has; 0 means enough for whole batches."""
-    kept = stage.frozen[:len(kept) - len(stage.active)] + stage.active  # which does not matter
+    first = min(stage.active)
+    below = [b for b in stage.frozen if b < first]  # these are alike: only how many matters
+    kept = (*below[:len([b for b in kept if b < first])], *(b for b in kept if b >= first))
     form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
-    same = dict(seed=0, rounds=1, clients=1, clients_per_round=0, out="")  # nor do these
+    same = dict(seed=0, rounds=1, clients=1, clients_per_round=0, device="cpu", out="")
     return metered_step(replace(config, **same), replace(stage, number=1, rounds=1), form,
                         image_shape, images, client).peak
 
@@ -461,16 +469,16 @@ def metered_step(config, stage, form, image_shape, images=0, client=local_train)
     They run on torch's fake tensors, which have shapes and lifetimes but no data: the same bytes
     as real steps on the CPU, in no time and no memory. form: pairs (name, shape) of a message."""
     batch = min(config.batch_size, images or config.batch_size)
-    one = replace(config, local_epochs=1, batch_size=batch)
+    config = replace(config, local_epochs=1, batch_size=batch)
     with FakeTensorMode():
         message = {name: torch.zeros(shape) for name, shape in form}
         blank = torch.zeros(2 * batch, *image_shape, dtype=torch.uint8)
         with MemoryMeter() as meter:
-            client(one, stage, message, blank, 1, 0)
+            client(config, stage, message, blank, 1, 0)
     return meter
 
 def round_cost(config, state, stage, kept):
-    """Bytes and multiply-accumulates of a round, before it is run: means over its clients.
+    """Bytes and multiply-accumulates of a round if all answer: means over its clients.
 
     kept: client -> blocks that it keeps."""
     down, stateless = download_bytes(state, kept)
@@ -485,9 +493,9 @@ def cost(config, image_shape, images=0, client=local_train, plan=stages, history
 
     Replays the rounds with tensors that hold no data; with depth dropout, the mean over up to ten
     clients' draws. images: how many the client has; history: of a run whose plan looks at it;
-    state: where to start, on the device "meta". Returns round_cost()'s keys, peak_memory_bytes."""
+    state: before the first round, on the device "meta". Returns round_cost()'s keys and
+    peak_memory_bytes."""
     clients = range(min(config.clients_per_round or config.clients, 10))
-    config = replace(config, device="cpu", out="")
     state = state or start(config, image_shape, plan, "meta")
     rows, peak = [], 0
     while True:
@@ -507,15 +515,16 @@ def cost(config, image_shape, images=0, client=local_train, plan=stages, history
 # --------------------------------------------------------------------------------- the rounds
 
 class Average:
-    """FedAvg (McMahan et al. 2017): the sum of |D_n| times what client n sent, over all |D_n|.
+    """FedAvg (McMahan et al. 2017): the mean of what clients sent, weighted by |D_n|, their images.
 
-    A running sum, so that memory does not grow with the clients; in float64, so that one process
-    and many get the same."""
+    A running sum, so that memory does not grow with the clients; in float64, so that the order of
+    summation, which differs between one process and many, is not seen in float32."""
 
     def __init__(self, like):
         self.like = like
         self.total = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in like.items()}
-        self.images = torch.zeros_like(next(iter(self.total.values())).flatten()[:1])
+        device = next(iter(like.values())).device
+        self.images = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, upload, images):
         self.images += images
@@ -596,29 +605,31 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     state = state or start(config, dataset.shape, plan)
     state.server = {name: t.to(images.device) for name, t in state.server.items()}
-    first = len(state.history) + 1
+    warm = not images.is_cuda  # on a GPU, a first step allocates what is no client's memory
 
     def images_of(one):
         return images[parts[one].to(images.device)]
 
     while True:
-        began, number = time.perf_counter(), len(state.history) + 1
-        stage, done = stage_of(plan(config, state.history), number - 1)
+        number = len(state.history) + 1
+        stage, done = stage_of(plan(config, state.history), len(state.history))
         if stage is None:
             return encoder_of(config, state.server, dataset.shape), state.history
         if done == 0:
             grow(config, state, stage)
         kept = {one: draw_blocks(config, stage, number, one)
                 for one in sample_clients(config, number)}
-        if images.is_cuda and number == first:  # libraries' workspaces are no client's memory
+        if not warm:
             client(config, stage, state.server, images[:config.batch_size], number, 0)
-        price = round_cost(config, state, stage, kept)
+            warm = True
+        price, began = round_cost(config, state, stage, kept), time.perf_counter()
         reports = run_round(config, state, stage, done / stage.rounds, kept, images_of, client)
+        seconds = time.perf_counter() - began
         if not images.is_cuda:
             fullest, most = max(kept.values(), key=len), max(len(parts[one]) for one in kept)
             reports[:, PEAK] = step_memory(config, stage, state.server, fullest, state.shape, most,
                                            client)
-        row = new_row(number, stage, kept, price, reports, time.perf_counter() - began)
+        row = new_row(number, stage, kept, price, reports, seconds)
         state.history.append(row)
         if on_round:
             on_round(row, state)
@@ -702,6 +713,8 @@ def run_folder(config, dataset, experiment=""):
              "images_sha256": dataset.digest()}
     slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
     folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
+    initial(config, dataset.shape, "meta")  # raises if the patches or the clients do not fit
+    data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     refuse_another(folder, mine)
     with contextlib.ExitStack() as held:
         try:
@@ -759,9 +772,9 @@ def load_encoder(folder):
         saved = json.loads((Path(folder) / "config.json").read_text())
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
         tensors = torch.load(Path(folder) / "encoder.pt", map_location="cpu", weights_only=True)
-        named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return encoder_of(config, initial(config, saved["image_shape"]) | named,
-                          saved["image_shape"])
+        named = broadcast(initial(config, saved["image_shape"]), ())  # the head, to be dropped
+        named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        return encoder_of(config, named, saved["image_shape"])
     except Exception as error:  # a file that is missing, damaged or another's raises many kinds
         raise InputError(f"{folder} holds no finished run ({type(error).__name__}): train it with "
                          f"python fllw.py --out {folder}") from None
@@ -830,12 +843,17 @@ def judge(encoder, config, dataset):
 
 def result(config, dataset, encoder, history, client=local_train, plan=stages):
     """The row of a trained method: accuracies, what a client paid, and seconds of training."""
+    price = price_of(config, dataset, client, plan, history)
+    price["seconds"] = sum(row["seconds"] for row in history)
+    return judge(encoder, config, dataset) | price
+
+def price_of(config, dataset, client=local_train, plan=stages, history=()):
+    """cost() of a run on these images."""
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     price = cost(config, dataset.shape, max(map(len, parts)), client, plan, history)
     if config.clients == 1:  # no federation, nothing is sent
         price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
-    price["seconds"] = sum(row["seconds"] for row in history)
-    return judge(encoder, config, dataset) | price
+    return price
 
 def run(config):
     """Train one method, and show it beside raw pixels and what end-to-end training costs."""
@@ -850,7 +868,7 @@ def run(config):
         mine = result(config, dataset, encoder, history)
         rows = {"raw pixels": judge(None, config, dataset), label(config): mine}
         if config.method != "e2e":
-            rows["end-to-end"] = whole = cost(replace(config, method="e2e"), dataset.shape)
+            rows["end-to-end"] = whole = price_of(replace(config, method="e2e"), dataset)
             rows["ratio"] = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
         print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n"
               f"{table(rows)}\nCosts are one client's over all rounds; GMAC for one image, all "
@@ -896,8 +914,10 @@ def command(body):
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"{error}; the rounds before are saved, the same command goes on from there")
+    except FloatingPointError as error:
+        sys.exit(f"{error}: try another --out and a smaller --lr")
+    except OSError as error:
+        sys.exit(f"{error}: what was saved before is whole, the same command goes on")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
