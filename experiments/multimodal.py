@@ -22,7 +22,7 @@ from ssl_loss import ProjectionHead, contrastive_step
 
 @dataclass(frozen=True)
 class Settings(fllw.Config):
-    sensors: tuple = ("first", "second")  # whose encoders a learner has
+    sensors: str = "first second"  # whose encoders a learner has
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
 def split(images):
@@ -44,7 +44,7 @@ class Encoder(nn.Module):  # a ViT for each sensor; features lie side by side, [
     def __init__(self, config, shape):
         super().__init__()
         self.channels, self.vits = {"first": 1, "second": shape[0] - 1}, nn.ModuleDict()
-        for sensor in config.sensors:
+        for sensor in config.sensors.split():
             self.vits[sensor] = fllw.ViT(shape[1:], config.patch_size, self.channels[sensor],
                                          config.dim, config.depth, config.heads, config.pool)
         towers = [vit.blocks for vit in self.vits.values()]
@@ -73,7 +73,7 @@ class Learner(nn.Module):
     def __init__(self, config, shape):
         super().__init__()
         self.encoder, self.head = Encoder(config, shape), Heads()
-        for sensor in config.sensors:
+        for sensor in config.sensors.split():
             self.head[sensor] = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
 def clip(z, temperature):
@@ -84,7 +84,7 @@ def clip(z, temperature):
 
 def two_sensor_train(config, stage, message, images, number, client, progress=0.0):
     """A client's work; what it lacks it ignores and uploads as received: no change in the mean."""
-    there = tuple(sensor for sensor in config.sensors if sensor != LACKS.get(client % 4))
+    there = [sensor for sensor in config.sensors.split() if sensor != LACKS.get(client % 4)]
     mine = {n: t for n, t in message.items() if any(f".{sensor}." in n for sensor in there)}
 
     def step(frozen, active, head, views, criterion, micro_batch):
@@ -94,8 +94,8 @@ def two_sensor_train(config, stage, message, images, number, client, progress=0.
             criterion = functools.partial(clip, temperature=config.temperature)
         return contrastive_step(frozen, active, head, views, criterion, micro_batch)
 
-    upload, losses = fllw.local_train(replace(config, sensors=there), stage, mine, images, number,
-                                      client, progress, step)
+    upload, losses = fllw.local_train(replace(config, sensors=" ".join(there)), stage, mine, images,
+                                      number, client, progress, step)
     return {n: upload.get(n, t) for n, t in message.items() if stage.trains(n)}, losses
 
 def macs(config, stage, kept, shape, plain=fllw.macs):  # of two encoders with one view each
