@@ -71,17 +71,16 @@ def live_bytes(config, shape):
 
 def bill(rows):
     """Bars of what a client pays; rows: method -> fllw.cost()."""
-    panels = {"peak memory of a step (MiB)": lambda c: c["peak_memory_bytes"] / MIB,
-              "compute (10⁹ MAC for one image)": lambda c: c["macs"] / 1e9,
-              "bytes down + up (GB)": lambda c: (c["download_bytes"] + c["upload_bytes"]) / 1e9}
+    panels = {"peak memory of a step (MiB)": [c["peak_memory_bytes"] / MIB for c in rows.values()],
+              "compute (10⁹ MAC for one image)": [c["macs"] / 1e9 for c in rows.values()],
+              "down + up (GB)": [(c["download_bytes"] + c["upload_bytes"]) / 1e9
+                                 for c in rows.values()]}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    for ax, (title, value) in zip(axes, panels.items()):
-        heights = [value(c) for c in rows.values()]
+    for ax, (title, heights) in zip(axes, panels.items()):
         bars = ax.bar(list(rows), heights, color=[look(name)["color"] for name in rows])
         ax.bar_label(bars, [f"{h:,.0f}" if h > 20 else f"{h:.2f}" for h in heights])
-        ax.set(title=title, ylim=(0, 1.15 * max(heights)))
-        ax.tick_params(axis="x", labelsize=8)
-        ax.grid(axis="x", visible=False)
+        ax.set(title=title)
+        ax.margins(y=0.15)
     return done(figure)
 
 def memory_over_time(lives):
@@ -150,13 +149,12 @@ def label_counts(counts):
 def similarities(matrix):
     """Cosines [2B, 2B] of the views of B images; positives are outlined."""
     figure, ax = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
-    shown = ax.imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1)
-    half = len(matrix) // 2
+    shown, half = ax.imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1), len(matrix) // 2
     for i in range(2 * half):
-        j = (i + half) % (2 * half)
-        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, linewidth=1.5))
-    ax.set(xlabel="view k", ylabel="view i", xticks=range(0, 2 * half, 5),
-           yticks=range(0, 2 * half, 5))
+        twin = ((i + half) % (2 * half) - 0.5, i - 0.5)
+        ax.add_patch(Rectangle(twin, 1, 1, fill=False, linewidth=1.5))
+    ticks = range(0, 2 * half, 5)
+    ax.set(xlabel="view k", ylabel="view i", xticks=ticks, yticks=ticks)
     ax.grid(False)
     figure.colorbar(shown, label="cosine similarity")
     return done(figure)
@@ -164,13 +162,11 @@ def similarities(matrix):
 def cosines(panels):
     """Histograms; panels: title -> (cosines of positives, cosines of all other pairs)."""
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 3), sharey=True, layout="constrained")
-    bins = np.linspace(-1, 1, 41)
     for ax, (title, (positives, others)) in zip(axes, panels.items()):
         for values, colour, hatch, name in ((others, "#56B4E9", None, "other pairs"),
                                             (positives, "#D55E00", "//", "positives")):
-            weights = np.full(len(values), 100 / len(values))
-            ax.hist(values, bins, weights=weights, color=colour, alpha=0.7, hatch=hatch,
-                    edgecolor="white", linewidth=0.4, label=name)
+            ax.hist(values, np.linspace(-1, 1, 41), weights=np.full(len(values), 100 / len(values)),
+                    color=colour, alpha=0.7, hatch=hatch, edgecolor="white", label=name)
         ax.set(title=title, xlabel="cosine similarity")
     axes[0].set(ylabel="share (%)")
     axes[0].legend(frameon=False, loc="upper left")
@@ -178,23 +174,23 @@ def cosines(panels):
 
 # ------------------------------------------------------------------------------ stages and blocks
 
-def squares(ax, grid):
+def squares(ax, grid, legend=True):
     """Blocks as coloured squares with letters; grid: int [blocks, columns] of states."""
     ax.imshow(grid, cmap=ListedColormap(STATES.values()), vmin=0, vmax=3, aspect="auto",
               origin="lower")
     ax.set(yticks=range(len(grid)), yticklabels=range(1, len(grid) + 1), ylabel="block")
-    if grid.shape[1] <= 40:
-        for (b, column), state in np.ndenumerate(grid):
-            ax.text(column, b, LETTERS[state], ha="center", va="center", fontsize=9,
-                    color="white" if state == ACTIVE else "black")
+    for (b, column), state in np.ndenumerate(grid[:, :40]):
+        ax.text(column, b, LETTERS[state], ha="center", va="center",
+                color="white" if state == ACTIVE else "black")
     ax.grid(False)
+    if legend:
+        ax.legend(handles=patches(), ncol=4, frameon=False, fontsize=8, loc="lower left",
+                  bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
 
-def legend(ax):
-    """What the colours of blocks mean, above a panel."""
-    handles = [Patch(facecolor=colour, edgecolor="black", label=f"{name} {letter}".strip())
-               for (name, colour), letter in zip(STATES.items(), LETTERS)]
-    ax.legend(handles=handles[::-1], ncol=4, frameon=False, fontsize=8, loc="lower left",
-              bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+def patches():
+    """What the colours of blocks mean, for a legend."""
+    return [Patch(facecolor=colour, edgecolor="black", label=f"{name} {letter}".strip())
+            for (name, colour), letter in zip(STATES.items(), LETTERS)][::-1]
 
 def column(depth, stage, kept):
     """States of blocks 1 to depth on a client, int [depth]."""
@@ -206,21 +202,16 @@ def column(depth, stage, kept):
 
 def stage_strip(depth, rounds):
     """The stages and what travels in each; rounds: those of replay()."""
-    numbers = sorted({stage.number for stage, _, _ in rounds})
-    plan = {stage.number: stage for stage, _, _ in rounds}
-    grid = np.stack([column(depth, plan[n], plan[n].present) for n in numbers], 1)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained",
-                                         height_ratios=[1.2, 1])
-    squares(top, grid)
-    legend(top)
-    for side, key, hatch in ((-0.2, "down", None), (0.2, "up", "//")):
-        sums = [sum(c[key] for s, _, c in rounds if s.number == n) / 1e6 for n in numbers]
-        bars = bottom.bar(np.arange(len(numbers)) + side, sums, 0.38, hatch=hatch, label=key,
-                          color="#999999" if hatch else "#555555", edgecolor="white")
+    plan = list(dict.fromkeys(stage for stage, _, _ in rounds))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
+    squares(top, np.stack([column(depth, stage, stage.present) for stage in plan], 1))
+    for side, key, grey in ((-0.2, "down", "#555555"), (0.2, "up", "#AAAAAA")):
+        sums = [sum(c[key] for s, _, c in rounds if s == stage) / 1e6 for stage in plan]
+        bars = bottom.bar(np.arange(len(plan)) + side, sums, 0.38, color=grey, label=key)
         bottom.bar_label(bars, [f"{s:.2f}" for s in sums], fontsize=8)
-    names = [f"stage {n}\nrounds: {plan[n].rounds}" for n in numbers]
-    bottom.set(xticks=range(len(numbers)), xticklabels=names, ylabel="MB a client")
-    bottom.margins(y=0.15)
+    names = [f"stage {stage.number}\nrounds: {stage.rounds}" for stage in plan]
+    bottom.set(xticks=range(len(plan)), xticklabels=names, ylabel="MB a client")
+    bottom.margins(y=0.3)
     bottom.legend(frameon=False, fontsize=8, loc="upper right", ncol=2)
     return done(figure)
 
@@ -229,7 +220,6 @@ def dropout_strip(depth, stage, draws):
     grid = np.stack([column(depth, stage, kept) for each in draws for kept in each], 1)
     figure, ax = plt.subplots(figsize=(10, 0.4 * depth + 0.9), layout="constrained")
     squares(ax, grid)
-    legend(ax)
     clients = len(draws[0])
     for edge in range(clients, grid.shape[1], clients):
         ax.axvline(edge - 0.5, color="black")
@@ -273,7 +263,6 @@ def curves(depth, history, runs, raw):
               for r in history]
     kept = [row["kept_blocks"][0] for row in history]
     squares(top, np.stack([column(depth, *both) for both in zip(stages, kept)], 1))
-    legend(top)
     top.set(xlim=(-0.5, len(history) - 0.5))
     for name, points in runs.items():
         x = over_seeds(points, "round")[0] - 1
@@ -300,15 +289,13 @@ def accuracies(rows, columns):
                                 layout="constrained")
     for ax, (key, title) in zip(axes, columns.items()):
         for y, (name, row) in enumerate(rows.items()):
-            values, kind = np.atleast_1d(row[key]), look(name)
+            values, kind = np.array(row[key]), look(name)
             ax.scatter(values, np.full(len(values), y), color=kind["color"], marker=kind["marker"],
                        s=45, alpha=0.6)
             ax.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=kind["color"], linewidth=2.5)
             ax.text(values.max(), y, f"   {values.mean():.1f}", va="center", fontsize=9)
-        everything = np.concatenate([np.atleast_1d(row[key]) for row in rows.values()])
-        low, high = everything.min(), everything.max()
-        ax.set(title=title, xlim=(low - 0.3 * (high - low) - 1, high + 0.3 * (high - low) + 1),
-               yticks=range(len(rows)), yticklabels=list(rows))
+        ax.set(title=title, yticks=range(len(rows)), yticklabels=list(rows))
+        ax.margins(x=0.3, y=0.1)
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()  # they share it
     return done(figure)
@@ -349,14 +336,13 @@ def knob(panels, ylabel):
     figure, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3), sharey=True,
                                 squeeze=False, layout="constrained")
     for ax, (title, values) in zip(axes[0], panels.items()):
-        means = [np.mean(v) for v in values.values()]
-        errors = [np.std(v, ddof=min(1, len(v) - 1)) for v in values.values()]
-        ax.errorbar(range(len(values)), means, errors, color=FDD[0], marker="o", markersize=9,
-                    capsize=6, linestyle="")
         for x, numbers in enumerate(values.values()):
+            error = np.std(numbers, ddof=1) if len(numbers) > 1 else 0
+            ax.errorbar(x, np.mean(numbers), error, color=FDD[0], marker="o", markersize=9,
+                        capsize=6)
             ax.scatter(np.full(len(numbers), x + 0.15), numbers, color="#555555", s=12)
         ax.set(xlabel=title, xticks=range(len(values)), xticklabels=list(map(str, values)))
-        ax.margins(x=0.15)
+        ax.margins(x=0.2)
     axes[0, 0].set_ylabel(ylabel)
     return done(figure)
 
@@ -371,7 +357,7 @@ def frame(figure, depth, rounds, i, whole):
     figure.clear()
     left, right = figure.subplots(1, 2, width_ratios=[1, 2.4])
     stage, kept, cost = rounds[i]
-    squares(left, column(depth, stage, kept)[:, None])
+    squares(left, column(depth, stage, kept)[:, None], legend=False)
     left.set(xticks=[], title=f"round {i + 1} of {len(rounds)}")
     sent = sum(c["down"] + c["up"] for _, _, c in rounds[:i + 1]) / 1e6
     by_now = whole["sent"] * (i + 1) / len(rounds) / 1e6
@@ -386,9 +372,7 @@ def frame(figure, depth, rounds, i, whole):
     right.grid(False)
     for who, x in (("FLL + FDD", 0.0), ("end-to-end", 0.45)):
         right.text(x, 1.03, f"■ {who}", color=look(who)["color"], transform=right.transAxes)
-    handles = [Patch(facecolor=c, edgecolor="black", label=n) for n, c in STATES.items()]
-    figure.legend(handles=handles[::-1], ncol=4, frameon=False, fontsize=9,
-                  loc="outside lower center")
+    figure.legend(handles=patches(), ncol=4, frameon=False, fontsize=9, loc="outside lower center")
 
 def stages_gif(path, config, shape, step):
     """The stages as an animated GIF, one frame every `step` rounds; the last one stays."""
