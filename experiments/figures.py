@@ -178,6 +178,7 @@ def squares(ax, grid, legend=True):
     """Blocks as coloured squares with letters; grid: int [blocks, columns] of states."""
     ax.imshow(grid, cmap=ListedColormap(STATES.values()), vmin=0, vmax=3, aspect="auto",
               origin="lower")
+    ax.hlines(np.arange(1, len(grid)) - 0.5, -0.5, grid.shape[1] - 0.5, "white", linewidth=1)
     ax.set(yticks=range(len(grid)), yticklabels=range(1, len(grid) + 1), ylabel="block")
     for (b, column), state in np.ndenumerate(grid[:, :40]):
         ax.text(column, b, LETTERS[state], ha="center", va="center",
@@ -362,7 +363,7 @@ def frame(figure, depth, rounds, i, whole):
     sent = sum(c["down"] + c["up"] for _, _, c in rounds[:i + 1]) / 1e6
     by_now = whole["sent"] * (i + 1) / len(rounds) / 1e6
     rows = {"memory\n(MiB)": (cost["peak"] / MIB, whole["peak"] / MIB, whole["peak"] / MIB),
-            "sent so far\n(MB)": (sent, by_now, whole["sent"] / 1e6)}
+            "down + up\nso far (MB)": (sent, by_now, whole["sent"] / 1e6)}
     for y, (mine, other, most) in enumerate(rows.values()):
         for offset, value, who in ((-0.18, mine, "FLL + FDD"), (0.18, other, "end-to-end")):
             right.barh(y + offset, value / most, 0.34, color=look(who)["color"])
