@@ -26,13 +26,12 @@ class Settings(fllw.Config):
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
 def split(images):
-    """uint8 [N, C, H, W] -> channel 0 is the first sensor's, the rest the second's: upper and lower
-    half of a grey image, luma and chroma (JPEG's) of a colour image."""
+    """uint8 [N, C, H, W] -> channel 0 is the first sensor's: grey halves, or luma and chromas."""
     if images.shape[1] == 1:
         half = images.shape[2] // 2
         return torch.cat([images[:, :, :half], images[:, :, -half:]], 1)
-    matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
-    mixed = torch.einsum("dc,nchw->ndhw", matrix, images.float())
+    jpeg = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
+    mixed = torch.einsum("dc,nchw->ndhw", jpeg, images.float())
     mixed[:, 1:] += 128
     return mixed.round().clamp(0, 255).byte()
 
@@ -126,7 +125,9 @@ def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.multimodal")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="instead of --seed")
     given = vars(parser.parse_args(arguments))  # "digits" is a recipe that leaves colours alone
-    seeds, rows = given.pop("seeds"), {}
+    for fixed in {"method", "new_block", "seed"} & given.keys():
+        raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
+    seeds, rows, out = given.pop("seeds"), {}, given.pop("out", "runs/multimodal")
     config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, "clients": 4,
                          "augment": "digits", **given})
     fllw.join_processes(config)
@@ -136,11 +137,10 @@ def main(arguments=None):
                              test_images=split(whole.test_images))
     for name, method, depth in (("end-to-end", "e2e", config.depth), ("one-block", "e2e", 1),
                                 ("FLL", "fll", config.depth)):
-        one, done = replace(config, method=method, depth=depth), []
+        one = replace(config, method=method, depth=depth)
         fllw.check(one)
-        for seed in seeds:
-            out = f"{config.out or 'runs/multimodal'}/{name}-seed{seed}"
-            done.append(run(replace(one, seed=seed, out=out), dataset))
+        done = [run(replace(one, seed=seed, out=f"{out}/{name}-seed{seed}"), dataset)
+                for seed in seeds]
         rows[name] = {column: [row[column] for row in done] for column in done[0]}
     columns = {"top1": ("top-1 %", 1, ".1f"), "top5": ("top-5 %", 1, ".1f"), **fllw.COLUMNS}
     print(table(rows, columns))

@@ -125,9 +125,9 @@ def main(arguments=None):
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="instead of --seed;"
                         " none: costs alone, without training")
     given = vars(parser.parse_args(arguments))
-    if {"method", "micro_batch", "seed"} & given.keys():
-        raise data.InputError("leave out --method (all are run), --micro-batch and --seed")
-    seeds, rows = given.pop("seeds"), {}
+    for fixed in {"method", "micro_batch", "seed"} & given.keys():
+        raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
+    seeds, rows, out = given.pop("seeds"), {}, given.pop("out", "runs/objectives")
     config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, **given})
     fllw.join_processes(config)
     fllw.Learner, fllw.macs = Learner, macs  # the method finds both by these names
@@ -136,10 +136,9 @@ def main(arguments=None):
         for method, depth in (("e2e", config.depth), ("e2e", 1), ("fll", config.depth)):
             one = replace(config, objective=objective, method=method, depth=depth)
             fllw.check(one)
-            done = [] if seeds else [fllw.cost(one, dataset.shape, client=CLIENTS[objective])]
-            for seed in seeds:
-                out = f"{config.out or 'runs/objectives'}/{objective}-{method}-{depth}-{seed}"
-                done.append(run(replace(one, seed=seed, out=out), dataset))
+            done = [run(replace(one, seed=seed, out=f"{out}/{objective}-{method}-{depth}-{seed}"),
+                        dataset) for seed in seeds]
+            done = done or [fllw.cost(one, dataset.shape, client=CLIENTS[objective])]
             name = f"{objective} {fllw.label(one)}" + ", one block" * (depth == 1)
             rows[name] = {column: [row[column] for row in done] for column in done[0]}
     print(table(rows))
