@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import fllw
 import ssl_loss
-from experiments import compare
+from experiments import compare, early_stopping, multimodal, objectives
 from fllw import Config, InputError, Stage
 
 torch.set_num_threads(1)  # the tensors are tiny; and bits depend on the number of threads
@@ -2096,3 +2096,292 @@ def test_fine_tuning_with_few_labels_sees_so_many_of_each_class(monkeypatch):
     places = {bytes(image.numpy()): label.item()
               for image, label in zip(d.train_images, d.train_labels)}
     assert np.bincount([places[bytes(i.numpy())] for i in seen[0]]).tolist() == [3] * 5
+
+
+@pytest.fixture
+def learner_of(monkeypatch):
+    """Lets an experiment's learner and macs take the place of the method's for one test."""
+    def use(experiment, memory=no_memory):
+        monkeypatch.setattr(fllw, "Learner", experiment.Learner)
+        monkeypatch.setattr(fllw, "macs", experiment.macs)
+        monkeypatch.setattr(fllw, "step_memory", memory)
+    return use
+
+
+def small(experiment, **changes):
+    """Settings of an experiment that train within a second."""
+    settings = {**asdict(SMALL), "clients": 2, "rounds": 3, "depth_dropout": 0.0, **changes}
+    return experiment.Settings(**settings)
+
+
+def half_done_and_resumed(config, dataset, **joints):
+    """State dicts of the encoder of a whole run, and of one resumed after its second round."""
+    saved = []
+    whole, history = fllw.federate(config, dataset, on_round=lambda row, state: saved.append(
+        copy.deepcopy(state)), **joints)
+    again, history_again = fllw.federate(config, dataset, saved[1], **joints)
+    assert [row["loss"] for row in history] == [row["loss"] for row in history_again]
+    return whole.state_dict(), again.state_dict()
+
+
+def command_of(experiment, monkeypatch, tmp_path, *flags):
+    """What an experiment's command would save, at a tiny size and for one seed."""
+    d, saved = images(60, SHAPE), []
+    monkeypatch.setattr(fllw, "Learner", fllw.Learner)  # main() replaces them: put them back
+    monkeypatch.setattr(fllw, "macs", fllw.macs)
+    monkeypatch.setattr(fllw, "step_memory", no_memory)
+    monkeypatch.setattr(fllw, "evaluate", lambda encode, dataset, _: {
+        "knn": float(encode(dataset.test_images).std())})
+    monkeypatch.setattr(experiment, "save", lambda *given: saved.append(given))
+    np.savez(tmp_path / "bars.npz", **{name: part.squeeze(1).numpy() if part.ndim == 4 else part
+                                       for name, part in zip(data.KEYS, d)})
+    experiment.main(["--data", str(tmp_path / "bars.npz"), "--out", str(tmp_path / "runs"),
+                     "--seeds", "1", "--images", "0", "--rounds", "2", "--depth", "2", "--dim",
+                     "8", "--heads", "2", "--head-hidden", "8", "--head-dim", "4", "--batch-size",
+                     "8", "--device", "cpu", "--augment", "digits", *flags])
+    return saved[0][2]
+
+
+def test_losses_of_the_other_objectives_against_loops_over_images():
+    q, k, B, t = normal(6, 5), normal(6, 5, seed=1), 3, 0.3
+    pairs = [(i, (i + B) % (2 * B)) for i in range(2 * B)]
+
+    def cosine(a, b):
+        return float(a @ b / a.norm() / b.norm())
+
+    expected = np.mean([2 - 2 * cosine(q[i], k[j]) for i, j in pairs])
+    assert float(objectives.byol(q, k, t)) == pytest.approx(expected, rel=1e-5)
+    total = 0
+    for i, j in pairs:
+        targets = k[B:] if i < B else k[:B]  # those of the other view
+        total -= cosine(q[i], k[j]) / t - math.log(sum(math.exp(cosine(q[i], target) / t)
+                                                       for target in targets))
+    assert float(objectives.moco_v3(q, k, t)) == pytest.approx(2 * t * total / B, rel=1e-5)
+    expected = 25 * np.mean([float(q[i, d] - q[i + B, d])**2 for i in range(B) for d in range(5)])
+    for view in (q[:B].numpy(), q[B:].numpy()):
+        c = np.cov(view.T)
+        expected += 25 * np.mean([max(0, 1 - math.sqrt(c[d, d] + 1e-4)) for d in range(5)])
+        expected += sum(c[d, e]**2 for d in range(5) for e in range(5) if d != e) / 5
+    assert float(objectives.vicreg(q)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective, number", [("byol", 1), ("moco_v3", 2)])
+def test_a_momentum_encoder_follows_every_step_and_gets_no_gradient(learner_of, objective, number):
+    learner_of(objectives)
+    config, d = small(objectives, objective=objective), images(24)
+    stage, state = fllw.stages(config)[number - 1], fllw.start(config, SHAPE)
+    fllw.grow(config, state, stage)
+    upload, losses = objectives.momentum_train(config, stage, state.server, d.train_images, 1, 0)
+    online = fllw.receive(config, state.server, SHAPE, stage)  # the same with whole copies
+    target = copy.deepcopy(online)
+    del target.head.predictor
+    follower = dict(target.named_parameters())
+    optimizer = torch.optim.AdamW([p for p in online.parameters() if p.requires_grad],
+                                  weight_decay=config.weight_decay)
+    draws = fllw.generator(config, "cpu", fllw.TRAINING, 1, 0)
+    for step, chosen in enumerate(torch.randperm(24, generator=draws).view(3, 8)):
+        optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * step / 3)) / 2
+        views = data.two_views(d.train_images[chosen], data.RECIPES["digits"], draws)
+        loss = objectives.LOSSES[objective](online.head(online.encoder(views)),
+                                            target.head(target.encoder(views)).detach(), 0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert losses[step].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert all(p.grad is None for p in follower.values())
+        assert all(p.grad.abs().sum() > 0 for p in online.head.predictor.parameters())
+        for name, parameter in online.named_parameters():
+            if name in follower:
+                follower[name].data = 0.99 * follower[name].data + 0.01 * parameter.data
+    trained = {name: p for name, p in online.named_parameters() if stage.trains(name)}
+    assert upload.keys() == trained.keys() and "head.predictor.0.weight" in upload
+    for name, parameter in trained.items():
+        if not name.endswith(("qkv.bias", "encoder.norm.bias")):  # no gradient but rounding: keys'
+            # bias moves no softmax, and batch norm takes a shift of all features away
+            torch.testing.assert_close(upload[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+
+
+def test_published_communication_of_other_objectives(learner_of):
+    """Tun et al. 2024: SimCLR 8.03 and 1.29, MoCo v3 and BYOL 8.40 and 1.66 (1000 MiB)."""
+    learner_of(objectives)
+    prices = {}
+    for objective in ("nt_xent", "byol", "moco_v3"):
+        for method in ("e2e", "fll"):
+            config = objectives.Settings(**{**asdict(PAPER), "clients": 1, "batch_size": 2,
+                                            "method": method, "objective": objective})
+            start = fllw.start(config, (3, 32, 32), device="meta")
+            prices[objective, method] = fllw.cost(config, (3, 32, 32), state=start,
+                                                  client=lambda *_: None)
+    unit, sent = 1000 * 2**20, {}
+    for key, price in prices.items():
+        sent[key] = (price["download_bytes"] + price["upload_bytes"]) / unit
+    assert sent["nt_xent", "e2e"] == pytest.approx(8.03, abs=0.015)
+    assert sent["nt_xent", "fll"] == pytest.approx(1.29, abs=0.01)
+    for objective in ("byol", "moco_v3"):
+        assert sent[objective, "e2e"] == pytest.approx(8.40, abs=0.015)
+        assert sent[objective, "fll"] == pytest.approx(1.66, abs=0.01)
+        share = sent[objective, "fll"] / sent[objective, "e2e"]
+        assert share == pytest.approx(1.66 / 8.40, abs=0.001)
+        # ours: two views through online branch and target; 586 is one view, without the target
+        plain, predictor = prices["nt_xent", "e2e"]["macs"], 540 * 3 * 2 * 256 * 512
+        assert prices[objective, "e2e"]["macs"] == pytest.approx(plain * 4 / 3 + 2 * predictor)
+        assert plain / 2 + predictor == pytest.approx(586e9, rel=0.02)
+
+
+def test_a_momentum_encoder_copies_no_frozen_block(learner_of):
+    learner_of(objectives, fllw.step_memory)
+    config, more = small(objectives, batch_size=2), []
+    for stage in fllw.stages(config)[1:]:
+        memory = {}
+        for objective in ("nt_xent", "byol"):
+            one = replace(config, objective=objective)
+            server = fllw.initial(one, SHAPE, "meta")
+            memory[objective] = fllw.step_memory(one, stage, server, stage.present, SHAPE, 0,
+                                                 objectives.CLIENTS[objective])
+        more.append(memory["byol"] - memory["nt_xent"])
+    block = sum(t.nbytes for name, t in server.items() if fllw.block_of(name) == 0)
+    predictor = sum(t.nbytes for name, t in server.items() if "predictor" in name)
+    assert more[0] > block + 4 * predictor  # it and its gradient and two moments
+    assert abs(more[1] - more[0]) < block / 4
+
+
+@pytest.mark.parametrize("objective", ["byol", "vicreg"])
+def test_other_objectives_resume_exactly_and_leave_frozen_blocks(learner_of, objective):
+    learner_of(objectives)
+    joints = {"client": objectives.CLIENTS[objective]}
+    config = small(objectives, objective=objective)
+    assert same_tensors(*half_done_and_resumed(config, images(40), **joints))
+    kept = []
+    fllw.federate(config, images(40), on_round=lambda row, state: kept.append(
+        {n: t for n, t in state.server.items() if fllw.block_of(n) == 0}), **joints)
+    assert same_tensors(kept[0], kept[1]) and same_tensors(kept[0], kept[2])
+
+
+def test_sensors_of_grey_and_colour_images():
+    grey = images(4, (1, 15, 14)).train_images
+    halves = multimodal.split(grey)
+    assert torch.equal(halves[:, 0], grey[:, 0, :7]) and torch.equal(halves[:, 1], grey[:, 0, 8:])
+    colour = grey.repeat(1, 3, 1, 1)  # without colour: luma is the grey, both chromas 128
+    parts = multimodal.split(colour)
+    assert (parts[:, 0].int() - grey[:, 0].int()).abs().max() <= 1 and (parts[:, 1:] == 128).all()
+    red = multimodal.split(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+    assert red.flatten().tolist() == [76, 85, 255]  # JPEG's, by hand
+
+
+def test_clip_loss_and_retrieval_against_loops(learner_of):
+    learner_of(multimodal)
+    z, t, B = normal(8, 5), 0.3, 4
+    first, second = torch.nn.functional.normalize(z, dim=1).chunk(2)
+    total = 0
+    for a, b in ((first, second), (second, first)):
+        for i in range(B):
+            total -= math.log(math.exp(float(a[i] @ b[i]) / t)
+                              / sum(math.exp(float(a[i] @ b[c]) / t) for c in range(B)))
+    assert float(multimodal.clip(z, t)) == pytest.approx(total / (2 * B), rel=1e-5)
+    config, d = small(multimodal), images(30, (2, 7, 14))
+    server = fllw.initial(config, (2, 7, 14))
+    found = multimodal.retrieval(config, server, d)
+    learner = fllw.assemble(config, server, (2, 7, 14))
+    with torch.no_grad():
+        z = learner.head(learner.encoder(data.normalise(d.test_images)))
+    a, b = torch.nn.functional.normalize(z, dim=1).chunk(2)
+    places = [sorted(range(20), key=lambda c: -float(b[i] @ a[c])).index(i) for i in range(20)]
+    assert found == pytest.approx({"top1": 100 * np.mean([p < 1 for p in places]),
+                                   "top5": 100 * np.mean([p < 5 for p in places])})
+
+
+@pytest.mark.parametrize("client, there", [(0, {"first", "second"}), (2, {"first"}),
+                                           (3, {"second"})])
+def test_a_client_trains_the_sensors_it_has_and_reads_no_other(learner_of, client, there):
+    learner_of(multimodal)
+    shape, pixels = (2, 7, 14), images(24, (2, 7, 14)).train_images
+    config = small(multimodal)
+    stage, state = fllw.stages(config)[1], fllw.start(config, shape)
+    fllw.grow(config, state, stage)
+    received = {name: t.clone() for name, t in state.server.items()}
+    upload, _ = multimodal.two_sensor_train(config, stage, state.server, pixels, 1, client)
+    assert same_tensors(received, state.server)
+    assert {fllw.block_of(name) for name in upload} == {None, 1}  # block 0 is frozen, both halves
+    for name, tensor in upload.items():
+        changed = any(f".{sensor}." in name for sensor in there)
+        assert changed != torch.equal(tensor, received[name]), name
+    if len(there) == 1:
+        other = pixels.clone()
+        other[:, 1 if there == {"first"} else 0] = 7
+        again, _ = multimodal.two_sensor_train(config, stage, state.server, other, 1, client)
+        assert same_tensors(upload, again)
+
+
+def test_two_sensors_resume_exactly_and_leave_frozen_blocks(learner_of):
+    learner_of(multimodal)
+    d, joints = images(48, (2, 7, 14)), {"client": multimodal.two_sensor_train}
+    config = small(multimodal, clients=4, batch_size=4)
+    assert same_tensors(*half_done_and_resumed(config, d, **joints))
+    kept = []
+    fllw.federate(config, d, on_round=lambda row, state: kept.append(
+        {n: t for n, t in state.server.items() if fllw.block_of(n) == 0}), **joints)
+    assert {n.split(".")[3] for n in kept[0]} == {"first", "second"}
+    assert same_tensors(kept[0], kept[1]) and same_tensors(kept[0], kept[2])
+
+
+def test_early_stopping_against_a_history_made_by_hand():
+    follow = early_stopping.follow
+    assert follow([3, 2, 1], 2, 0.1) == (0, None)
+    assert follow([3, 2, 1.95, 1.89, 1.85, 1.84], 2, 0.1) == (3, 6)  # 1.89 falls by 0.11 of 2
+    assert follow([3, 3, 2, 2, 2, 0], 2, 0.1) == (3, 5)
+    assert follow([3, 3, 2, 2, 1], 3, 0.1) == (2, None)
+    config = small(early_stopping, rounds=12, lr=1.0, tolerance=0.1)
+    losses = {1: [3, 3, 3], 2: [5, 4, 4]}
+    history = [{"stage": s, "loss": loss} for s, row in losses.items() for loss in row]
+    plan = early_stopping.plan(config, history)
+    assert [stage.rounds for stage in plan] == [3, 4, 4]
+    assert [stage.rate for stage in plan] == [0.5, 1.0, 2.0]
+    assert fllw.stage_of(plan, 6) == (plan[1], 3) and fllw.stage_of(plan, 7) == (plan[2], 0)
+
+
+@pytest.mark.parametrize("encoder", ["vit", "cnn"])
+def test_a_stage_ends_early_its_held_out_images_train_nothing(learner_of, encoder):
+    learner_of(early_stopping)
+    joints = {"client": early_stopping.early_train, "plan": early_stopping.plan}
+    config = small(early_stopping, rounds=12, tolerance=100.0, encoder=encoder,
+                   new_block={"vit": "copy", "cnn": "fresh"}[encoder])
+    d, kept = images(48), []  # 24 a client: 2 are held out
+    assert same_tensors(*half_done_and_resumed(config, d, **joints))
+    _, history = fllw.federate(config, d, on_round=lambda row, state: kept.append(
+        {n: t for n, t in state.server.items() if fllw.block_of(n) == 0}), **joints)
+    assert [row["stage"] for row in history] == [1] * 3 + [2] * 3 + [3] * 3  # not 4 each
+    assert all(same_tensors(kept[2], later) for later in kept[3:])
+    stage, state = early_stopping.plan(config, ())[0], fllw.start(config, SHAPE)
+    other = d.train_images[:24].clone()
+    other[:2] = 255 - other[:2]
+    upload, loss = early_stopping.early_train(config, stage, state.server, d.train_images[:24],
+                                              1, 0)
+    again, another = early_stopping.early_train(config, stage, state.server, other, 1, 0)
+    assert same_tensors(upload, again) and loss.item() != another.item()
+
+
+def test_compute_of_the_cnn_against_a_flop_counter(learner_of):
+    learner_of(early_stopping)
+    config = small(early_stopping, encoder="cnn", new_block="fresh")
+    learner, plan = fllw.Learner(config, SHAPE), early_stopping.plan(config, ())
+    learner.load_state_dict(fllw.initial(config, SHAPE))
+    forward = []
+    for blocks in range(1, config.depth + 1):
+        with FlopCounterMode(display=False) as flops:
+            learner.encoder.lower(torch.zeros(1, *SHAPE), blocks)
+        forward.append(flops.get_total_flops() / 2 - sum(forward))
+    head = sum(p.numel() for p in learner.head.parameters() if p.ndim == 2)
+    assert fllw.macs(config, plan[2], plan[2].present, SHAPE) == 2 * (
+        forward[0] + forward[1] + 3 * forward[2] + 3 * head)
+
+
+@pytest.mark.parametrize("experiment, flags, rows", [
+    (objectives, (), 12), (multimodal, ("--patch-size", "7"), 3),
+    (early_stopping, ("--encoders", "cnn", "--rounds", "4"), 5)])
+def test_commands_of_the_family(monkeypatch, tmp_path, experiment, flags, rows):
+    found = command_of(experiment, monkeypatch, tmp_path, *flags)
+    assert len(found) == rows
+    for row in found.values():
+        assert all(np.isfinite(row[column]).all() for column in row)
+    monkeypatch.setattr(fllw, "train", None)  # all is read back
+    assert command_of(experiment, monkeypatch, tmp_path, *flags) == found
