@@ -884,11 +884,11 @@ def test_memory_meter_counts_by_hand():
 def test_memory_of_fake_and_real_steps_is_the_same(n):
     config = replace(SMALL, batch_size=16, local_epochs=2)
     for stage in fllw.stages(config)[::2]:
-        message = fllw.broadcast(fllw.initial(config, SHAPE), stage.present)
+        message, own = fllw.broadcast(fllw.initial(config, SHAPE), stage.present), images(n)
         with ssl_loss.MemoryMeter() as meter:
-            fllw.local_train(config, stage, message, images(n).train_images, 1, 0)
+            fllw.local_train(config, stage, message, own.train_images, 1, 0)
         predicted = fllw.step_memory(config, stage, message, stage.present, SHAPE, n)
-        # the images themselves are not counted, only the order in which they come and the losses
+        # more images than in two steps: a longer order in which they come, and more losses
         assert abs(meter.peak - predicted) <= 8 * 32 + 8 * 4
 
 
@@ -906,6 +906,7 @@ def test_memory_of_the_table_is_the_memory_of_the_history():
     assert full > 2 * max(peaks)
 
 
+# red until the client that needs most is looked for by its memory, not by its number of blocks
 def test_the_peak_is_that_of_the_client_that_needs_most():
     """Through a frozen block above the active one flows a gradient; one below costs less."""
     config, server = replace(SMALL, rounds=4), fllw.initial(SMALL, SHAPE)
@@ -1508,6 +1509,9 @@ def child(arguments, output, env, dies_at, metered, room):
     fllw.command(functools.partial(fllw.main, list(map(str, arguments))))
 
 
+TORCHS = re.compile(r"\[(Gloo|rank|[WE]\d)")
+
+
 class Children:
     """Commands in processes that are forked from one which has imported torch: that is quick."""
 
@@ -1525,14 +1529,14 @@ class Children:
         return process
 
     def run(self, *arguments, **more):
-        """(exit status, all that was printed but for torch's own notes, which begin with "[")"""
+        """(exit status, all that was printed but for torch's own notes)"""
         return self.end(self.start(*arguments, **more))
 
     def end(self, process):
         process.join(300)
         process.kill()
         lines = process.output.read_text().splitlines()
-        return process.exitcode, "\n".join(line for line in lines if line[:1] != "[")
+        return process.exitcode, "\n".join(line for line in lines if not TORCHS.match(line))
 
     def run_together(self, *commands):
         """One command a process, as torchrun would start them."""
@@ -1676,6 +1680,7 @@ def unfinished(npz, finished, tmp_path):
     return folder
 
 
+# red until types are checked, too: "a type", "no history", "strange rows", "changes"
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_checkpoint_that_does_not_fit_is_refused(case, npz, unfinished, unmetered, monkeypatch):
     path = unfinished / "checkpoint.pt"
@@ -1709,6 +1714,7 @@ def test_fuzzed_checkpoints_and_settings(npz, unfinished):
         assert len(state.history) == 6
 
 
+# red until a table that cannot be read is an InputError
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"raw pixels": 3}', b'{"a": {"knn": [{}]}}'])
 def test_a_damaged_table_is_one_sentence(content, npz, unfinished):
     (unfinished / "summary.json").write_bytes(content)
