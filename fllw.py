@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -51,7 +52,7 @@ class Config:
     augment: str = knob("auto", "recipe of the two views; auto: digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural", "solarised"))
     dim: int = knob(64, "width of the vision transformer", low=1, group="model")
-    depth: int = knob(4, "number of blocks L", low=1)
+    depth: int = knob(4, "number of blocks L", low=1, high=1000)
     heads: int = knob(8, "attention heads; must divide dim", low=1)
     patch_size: int = knob(7, "side of a patch in pixels; must divide the image", low=1)
     pool: str = knob("mean", "features: mean of patches or token", choices=("mean", "token"))
@@ -433,21 +434,21 @@ def macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them.
 
     Two views; forward 1x and backward 2x for what trains, forward 1x for what is frozen; linear
-    layers and attention products. Micro-batches run what trains, but for the head, forward twice;
-    through a frozen block above an active one the gradient passes, 1x."""
+    layers and attention products. Micro-batches run what trains, but for the head, forward twice.
+    Through a frozen block above an active one the gradient of the activations passes."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T, first = patches + 1, min(stage.active)
-    block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; attention's two products
+    linear = T * 12 * D**2  # qkv 3, proj 1, mlp 4 + 4
+    block = linear + 2 * T**2 * D  # and attention's two products
     embed = patches * config.patch_size**2 * channels * D
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
     trained = 4 if config.micro_batch else 3
     total = (trained if first == 0 else 1) * embed + 3 * head
     for b in kept:
-        if b in stage.active:
-            total += trained * block
-        else:
-            total += (1 if b < first else trained - 1) * block
+        total += block if b < first else trained * block
+        if b > first and b not in stage.active:
+            total -= linear  # its weights need no gradient
     return 2 * total
 
 def step_memory(config, stage, server, kept, image_shape, images=0, client=local_train):
@@ -507,9 +508,9 @@ def cost(config, image_shape, images=0, client=local_train, plan=stages, history
             grow(config, state, stage)
         kept = {one: draw_blocks(config, stage, len(rows) + 1, one) for one in clients}
         rows.append(round_cost(config, state, stage, kept))
-        fullest = max(kept.values(), key=len)
-        peak = max(peak, step_memory(config, stage, state.server, fullest, image_shape, images,
-                                     client))
+        for blocks in set(kept.values()):
+            peak = max(peak, step_memory(config, stage, state.server, blocks, image_shape, images,
+                                         client))
         state.update({name: t for name, t in state.server.items() if stage.trains(name)})
 
 # --------------------------------------------------------------------------------- the rounds
@@ -626,9 +627,9 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
         reports = run_round(config, state, stage, done / stage.rounds, kept, images_of, client)
         seconds = time.perf_counter() - began
         if not images.is_cuda:
-            fullest, most = max(kept.values(), key=len), max(len(parts[one]) for one in kept)
-            reports[:, PEAK] = step_memory(config, stage, state.server, fullest, state.shape, most,
-                                           client)
+            most = max(len(parts[one]) for one in kept)
+            reports[:, PEAK] = max(step_memory(config, stage, state.server, blocks, state.shape,
+                                               most, client) for blocks in set(kept.values()))
         row = new_row(number, stage, kept, price, reports, seconds)
         state.history.append(row)
         if on_round:
@@ -697,7 +698,7 @@ def refuse_another(folder, mine):
         found = {p.name for p in folder.iterdir() if p.suffix != ".tmp"} if folder.exists() else {}
         saved = json.loads((folder / "config.json").read_text()) if set(found) - {"lock"} else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{folder} exists and is no run folder: choose another --out") from None
     for name in different:
         raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
@@ -737,18 +738,29 @@ def run_folder(config, dataset, experiment=""):
         same_everywhere(config, mine, state)
         yield folder, state
 
+def load_tensors(path):
+    """torch.load() of plain tensors and containers, the checksums of the file checked."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():
+            raise ValueError("a checksum does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
 def load_checkpoint(folder, config, shape):
     """The State to go on from, or None; InputError if it is damaged or does not fit."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        state = State(**torch.load(path, map_location="cpu", weights_only=True))
+        state = State(**load_tensors(path))
         state.held = {one: set(versions) for one, versions in state.held.items()}
-        own = {n: t for n, t in state.server.items() if n.startswith(("encoder.", "head."))}
-        assemble(config, own, shape)  # an experiment may have tensors beside these
-        if state.version.keys() != state.server.keys() or tuple(state.shape) != shape:
-            raise ValueError
+        whole = initial(config, shape, "meta")  # an experiment may have tensors beside these
+        own = {name: t for name, t in state.server.items() if name in whole}
+        assemble(config, own, shape)
+        json.dumps([list(row.items()) for row in state.history])
+        if (not all(t.dtype == whole[name].dtype for name, t in own.items())
+                or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
+                or type(state.changes) is not int):
+            raise ValueError("its parts do not fit each other")
         return state
     except Exception as error:  # torch.load raises many kinds
         raise InputError(f"{path} is damaged or not a checkpoint of this run "
@@ -771,7 +783,7 @@ def load_encoder(folder):
     try:
         saved = json.loads((Path(folder) / "config.json").read_text())
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
-        tensors = torch.load(Path(folder) / "encoder.pt", map_location="cpu", weights_only=True)
+        tensors = load_tensors(Path(folder) / "encoder.pt")
         named = broadcast(initial(config, saved["image_shape"]), ())  # the head, to be dropped
         named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
         return encoder_of(config, named, saved["image_shape"])
@@ -860,7 +872,12 @@ def run(config):
     dataset = data.load(config.data, config.cache, config.images)
     with run_folder(config, dataset) as (out, state):
         if (out / "summary.json").exists():
-            print(f"{out} is finished:\n" + table(json.loads((out / "summary.json").read_text())))
+            try:
+                saved = table(json.loads((out / "summary.json").read_text()))
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                raise InputError(f"{out / 'summary.json'} is damaged: delete it, and the same "
+                                 "command makes it anew") from None
+            print(f"{out} is finished:\n{saved}")
             return
         encoder, history = train(config, dataset, out, state)
         if rank():

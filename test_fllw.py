@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import fllw
 import ssl_loss
-from experiments import compare, early_stopping, multimodal, objectives
+from experiments import (alignment, benchmark, calibration, compare, early_stopping, multimodal,
+                         objectives, paper_scale)
 from fllw import Config, InputError, Stage
 
 torch.set_num_threads(1)  # the tensors are tiny; and bits depend on the number of threads
@@ -851,7 +852,7 @@ def test_macs_equal_what_torch_counts_over_a_local_step(present, active, kept, m
 def test_macs_through_a_frozen_block_above():
     stage, n = Stage(1, (0, 1, 2), (1,), 1), 16
     counted = counted_flops(SMALL, stage, (0, 1, 2), n)
-    assert n * fllw.macs(SMALL, stage, (0, 1, 2), SHAPE) == pytest.approx(counted, rel=0.03)
+    assert n * fllw.macs(SMALL, stage, (0, 1, 2), SHAPE) == counted
 
 
 def test_macs_of_a_run_follow_depth_dropout_and_epochs(unmetered):
@@ -906,7 +907,6 @@ def test_memory_of_the_table_is_the_memory_of_the_history():
     assert full > 2 * max(peaks)
 
 
-# red until the client that needs most is looked for by its memory, not by its number of blocks
 def test_the_peak_is_that_of_the_client_that_needs_most():
     """Through a frozen block above the active one flows a gradient; one below costs less."""
     config, server = replace(SMALL, rounds=4), fllw.initial(SMALL, SHAPE)
@@ -1401,7 +1401,7 @@ def test_a_folder_that_is_no_run_is_refused(name, tmp_path):
     for kind, text in (("config", '{"vocab_size": 1}'), ("history", "[")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{kind}.json").write_text(text)
-    (tmp_path / "nested").mkdir()  # red until RecursionError is among what is caught
+    (tmp_path / "nested").mkdir()
     (tmp_path / "nested" / "config.json").write_text("[" * 100_000)
     (tmp_path / "file").write_text("hello")
     said = refused(tmp_path, out="file/below" if name == "below" else name)
@@ -1682,7 +1682,6 @@ def unfinished(npz, finished, tmp_path):
     return folder
 
 
-# red until types are checked, too: "a type", "no history", "strange rows", "changes"
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_checkpoint_that_does_not_fit_is_refused(case, npz, unfinished, unmetered, monkeypatch):
     path = unfinished / "checkpoint.pt"
@@ -1716,7 +1715,6 @@ def test_fuzzed_checkpoints_and_settings(npz, unfinished):
         assert len(state.history) == 6
 
 
-# red until a table that cannot be read is an InputError
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"raw pixels": 3}', b'{"a": {"knn": [{}]}}'])
 def test_a_damaged_table_is_one_sentence(content, npz, unfinished):
     (unfinished / "summary.json").write_bytes(content)
@@ -1738,7 +1736,6 @@ def test_an_encoder_that_is_not_there_or_damaged_is_one_sentence(finished, unfin
             assert "\n" not in str(error)
 
 
-# red until the checksums in the files are looked at: torch.load does not
 @pytest.mark.parametrize("name", ["checkpoint.pt", "encoder.pt"])
 def test_a_flipped_byte_in_a_tensor_is_noticed(name, finished, unfinished):
     content = bytearray((finished[0] / name).read_bytes())
@@ -2406,3 +2403,119 @@ def test_commands_of_the_family(monkeypatch, tmp_path, experiment, flags, rows):
         assert all(np.isfinite(row[column]).all() for column in row)
     monkeypatch.setattr(fllw, "train", None)  # all is read back
     assert command_of(experiment, monkeypatch, tmp_path, *flags) == found
+
+
+def test_alignment_is_a_loop_over_both_views():
+    z, old = normal(2, 10, 8)
+    config = replace(SMALL, temperature=0.3)
+    expected = brute_nt_xent(z[:5], z[5:], 0.3) + 0.7 / 2 * (
+        brute_nt_xent(z[:5], old[5:], 0.3) + brute_nt_xent(z[5:], old[:5], 0.3))
+    assert alignment.criterion(config, 0.7, z, old).item() == pytest.approx(float(expected))
+
+
+def test_alignment_doubles_the_first_loss_and_holds_a_client_near_what_it_received():
+    """At the first step both models are the same, so the second term equals the first."""
+    d, stage = images(), Stage(2, (0, 1), (1,), 1)
+    message = fllw.broadcast(fllw.initial(SMALL, SHAPE), (0, 1))
+    config = replace(SMALL, local_epochs=8, lr=1e-2)
+    losses, moves = [], []
+    for weight in (0.0, 1.0):
+        upload, loss = alignment.aligned_train(weight, config, stage, message, d.train_images, 1, 0)
+        losses.append(loss[0].item())
+        learners = [fllw.receive(config, m, SHAPE, stage) for m in (message | upload, message)]
+        views = data.normalise(d.train_images)
+        own, old = [learner.head(learner.encoder(views)) for learner in learners]
+        moves.append(nn.functional.cosine_similarity(own, old).mean().item())
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-3) and moves[1] > moves[0]
+
+
+def test_the_server_calibrates_all_blocks_on_images_that_no_client_has(unmetered):
+    config, d = replace(SMALL, rounds=3), images()
+    clients, own = calibration.divide(config, d, 0.2)
+    both = torch.cat([clients.train_images, own]).flatten(1).unique(dim=0)
+    assert len(own) == 12 and torch.equal(both, d.train_images.flatten(1).unique(dim=0))
+    plain, ended = [], []
+    fllw.federate(config, clients, on_round=lambda row, state: plain.append(dict(state.server)))
+
+    def on_round(row, state):
+        before = dict(state.version)
+        calibration.calibrate(config, own, 2, "end", row, state)
+        ended.append((dict(state.server), before != state.version))
+
+    fllw.federate(config, clients, on_round=on_round)
+    assert [changed for _, changed in ended] == [False, False, True]
+    assert same_tensors(ended[1][0], plain[1])
+    whole = Stage(1, (0, 1, 2), (0, 1, 2), 1)
+    expected, _ = fllw.local_train(replace(config, local_epochs=2), whole, plain[2], own, 3,
+                                   calibration.SERVER)
+    assert same_tensors(ended[2][0], expected)
+
+
+def test_the_bare_loop_of_the_benchmark_is_the_local_step():
+    """The same views through both, with the learning rate of a first step: the same tensors."""
+    stage = Stage(2, (0, 1), (1,), 1)
+    server = fllw.initial(SMALL, SHAPE)
+    learner = fllw.receive(SMALL, fllw.broadcast(server, (0, 1)), SHAPE, stage)
+    views = data.normalise(images(8).train_images.repeat(2, 1, 1, 1))
+    frozen = learner.encoder.lower(views, 1).detach()
+    z = learner.head(learner.encoder.upper(frozen, 1))
+    ssl_loss.nt_xent(*z.chunk(2), SMALL.temperature).backward()
+    expected = {n: p.grad.clone() for n, p in learner.named_parameters() if p.requires_grad}
+    benchmark.bare_loop(SMALL, stage, learner, views, 1)
+    assert same_tensors(expected, {n: p.grad for n, p in learner.named_parameters()
+                                   if p.requires_grad})
+
+
+def test_controls_spend_what_they_are_compared_with(unmetered):
+    config = replace(SMALL, depth=4, rounds=40, depth_dropout=0.0, clients=2)
+    rows = compare.variants(config)
+    for key, (mine, other, measure) in compare.MATCHED.items():
+        one = compare.matched(rows, key, SHAPE)
+        assert replace(one, rounds=40) == rows[mine]
+        spent = [sum(fllw.cost(c, SHAPE)[column] for column in measure) for c in (one, rows[other])]
+        assert spent[0] == pytest.approx(spent[1], rel=0.5 / one.rounds + 1e-6), key
+    assert rows["one-block"].depth == 1 and rows["two-blocks"].depth == 2
+    assert "pairs" not in compare.variants(replace(config, depth=3))
+
+
+def test_a_comparison_goes_on_and_reads_back(npz, tmp_path, capsys, monkeypatch, unmetered):
+    arguments = ["compare", "--data", str(npz), *TINY, "--rounds", "3", "--out", str(tmp_path),
+                 "--rows", "raw", "one-block", "fll", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    compare.main()
+    first = capsys.readouterr().out.split("test images,")[1]
+    assert "FLL" in first and "±" in first and "one block end to end" in first
+    monkeypatch.setattr(fllw, "federate", None)  # would fail if anything were trained again
+    compare.main()
+    assert capsys.readouterr().out.split("test images,")[1] == first
+    monkeypatch.setattr(sys, "argv", [*arguments, "--lr", "0.1"])
+    with pytest.raises(InputError, match="lr"):
+        compare.main()
+
+
+def test_paper_scale_rehearses_at_toy_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(paper_scale, "ROWS", ("scratch", "fll"))
+    monkeypatch.setattr(sys, "argv", ["paper_scale", "--rehearse", "--device", "cpu", "--out",
+                                      str(tmp_path / "toy"), "--minutes", "0.1"])
+    paper_scale.main()
+    printed = capsys.readouterr().out
+    assert "images/s" in printed and "from scratch" in printed and "TFLOP/s" in printed
+    rounds = json.loads((tmp_path / "toy" / "settings.json").read_text())["rounds"]
+    assert rounds % 3 == 0 and rounds == len(json.loads(
+        (tmp_path / "toy" / "fll-seed0" / "history.json").read_text()))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--batch-size", "64"])
+    with pytest.raises(InputError, match="batch_size"):
+        paper_scale.main()
+
+
+def test_the_loop_in_the_readme_is_federate(unmetered):
+    """With a smaller model and fewer images than the README's, by replacing two of its lines."""
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for old, new in (("fllw.Config(rounds=8)", "SMALL"), ('data.load("mnist5k")', "images()")):
+        assert old in code
+        code = code.replace(old, new)
+    scope = {"SMALL": SMALL, "images": images}
+    exec(code, scope)
+    encoder, _ = fllw.federate(SMALL, images())
+    assert same_tensors(encoder.state_dict(), scope["encoder"].state_dict())
