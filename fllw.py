@@ -639,25 +639,27 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
 
 def check(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
+    def must(true, name, rule):
+        if not true:
+            raise InputError(f"--{name.replace('_', '-')} must be {rule}, it is "
+                             f"{getattr(config, name)}")
+
     for f in fields(config):
-        value, limits, flag = getattr(config, f.name), f.metadata, "--" + f.name.replace("_", "-")
-        if value not in limits.get("choices", [value]):
-            raise InputError(f"{flag} must be one of {', '.join(limits['choices'])}, it is {value}")
+        value, limits = getattr(config, f.name), f.metadata
+        choices, below = limits.get("choices", (value,)), limits.get("below", math.inf)
         low, high = limits.get("low", -math.inf), limits.get("high", 1e9)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise InputError(f"{flag} must be from {low:g} to {high:g}, it is {value:g}")
-        if "below" in limits and value >= limits["below"]:
-            raise InputError(f"{flag} must be below {limits['below']}, it is {value:g}")
+        must(value in choices, f.name, "one of " + ", ".join(map(str, choices)))
+        if isinstance(value, (int, float)):
+            must(low <= value <= high, f.name, f"from {low:g} to {high:g}")
+            must(value < below, f.name, f"below {below:g}")
     grown = config.depth - (config.method == "lasting")  # block by block
-    if config.method != "e2e" and (grown == 0 or grown % config.blocks_per_stage):
-        raise InputError("--depth, less a lasting top block, must be a multiple of "
-                         f"--blocks-per-stage ({config.blocks_per_stage}), it is {grown}")
-    if config.dim % config.heads:
-        raise InputError(f"--dim must be a multiple of --heads ({config.heads}), not {config.dim}")
-    if config.clients_per_round > config.clients:
-        raise InputError(f"--clients-per-round must be at most --clients ({config.clients})")
-    if config.rounds < len(stages(config)):
-        raise InputError(f"--rounds must be at least the number of stages ({len(stages(config))})")
+    must(config.method == "e2e" or (grown > 0 and grown % config.blocks_per_stage == 0), "depth",
+         f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus a lasting top block")
+    must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
+    must(config.clients_per_round <= config.clients, "clients_per_round",
+         f"at most --clients ({config.clients})")
+    needed = len(stages(config))
+    must(config.rounds >= needed, "rounds", f"at least the number of stages ({needed})")
     pick_device(config)
 
 def without_effect(config):
@@ -850,8 +852,7 @@ def judge(encoder, config, dataset):
     device = pick_device(config)
     if encoder is None:
         return evaluate(lambda x: x.to(device).flatten(1) / 255, dataset, recipe(config))
-    encoder = encoder.to(device)
-    return evaluate(lambda images: features(encoder, images), dataset, recipe(config))
+    return evaluate(functools.partial(features, encoder.to(device)), dataset, recipe(config))
 
 def result(config, dataset, encoder, history, client=local_train, plan=stages):
     """The row of a trained method: accuracies, what a client paid, and seconds of training."""
