@@ -459,7 +459,8 @@ def step_memory(config, stage, server, kept, image_shape, images=0, client=local
     below = [b for b in stage.frozen if b < first]  # these are alike: only how many matters
     kept = (*below[:len([b for b in kept if b < first])], *(b for b in kept if b >= first))
     form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
-    same = dict(seed=0, rounds=1, clients=1, clients_per_round=0, device="cpu", out="")
+    same = dict(seed=0, rounds=1, clients=1, clients_per_round=0, alpha=0.0, lr=1e-3,
+                depth_dropout=0.0, first_share=0.0, client_failure=0.0, device="cpu", out="")
     return metered_step(replace(config, **same), replace(stage, number=1, rounds=1), form,
                         image_shape, images, client).peak
 
