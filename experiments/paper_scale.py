@@ -4,11 +4,10 @@
     python -m experiments.paper_scale --rehearse          # toy size, any machine, a minute
 
 ViT-Tiny with patches of 4 pixels, 10 clients, three local epochs, batches of 512, bf16; learning
-rate 1.5e-4 times batch / 256, weight decay 1e-5 and solarisation among the views as in Tun et al.
-2024 (arXiv 2401.11647). They pre-train on COCO shrunk to 32 x 32 and fine-tune on CIFAR-10; here
-both happen on CIFAR-10, which is not the same experiment. The step of every row is timed first,
-and as many rounds are run (180 at most) as the time allows. Rows run side by side, a process
-each, since one alone does not fill the GPU; the same command goes on where it was cut off.
+rate, weight decay and solarisation as in Tun et al. 2024 (arXiv 2401.11647), who pre-train on COCO
+shrunk to 32 x 32, which is not the same experiment. The step of every row is timed first, and as
+many rounds are run, at most 180, as the time allows. Rows run side by side, a process each, since
+one alone does not fill the GPU; the same command goes on where it was cut off.
 """
 import json
 import subprocess
@@ -32,15 +31,13 @@ PAPER = Config(data="cifar10", augment="solarised", dim=192, depth=12, heads=3, 
 TOY = Config(data="mnist5k", images=200, dim=16, depth=3, heads=2, patch_size=7, head_hidden=24,
              head_dim=8, clients=2, rounds=4, batch_size=32, depth_dropout=0.0)
 TUNE = 40  # epochs of fine-tuning, on all labels
-
 def seconds_a_round(config, dataset, steps=4):
     """Seconds of a round, timed at the middle stage with a few steps of one client."""
     device, plan = fllw.pick_device(config), fllw.stages(config)
     stage = plan[len(plan) // 2]
     server = {name: t.to(device) for name, t in fllw.initial(config, dataset.shape).items()}
     message = fllw.broadcast(server, stage.present)
-    one = replace(config, local_epochs=1)
-    times = []
+    one, times = replace(config, local_epochs=1), []
     for n in (2, 2, 2 + steps):  # warm up; what comes before the first step is paid in both others
         images = dataset.train_images[:n * config.batch_size].to(device)
         began = time.perf_counter()
@@ -53,16 +50,15 @@ def seconds_a_round(config, dataset, steps=4):
 def choose_rounds(config, dataset, minutes):
     """As many rounds as the time allows, fine-tuning set aside; a multiple of the stages."""
     rows, total = compare.variants(config), 0.0
-    for key in ROWS:
-        if key in rows:
-            seconds = seconds_a_round(rows[key], dataset)
-            print(f"{key:<14} {len(dataset.train_images) / seconds * config.local_epochs:>8.0f} "
-                  "images/s", flush=True)
-            total += seconds
+    for key in [key for key in ROWS if key in rows]:
+        seconds = seconds_a_round(rows[key], dataset)
+        images = len(dataset.train_images) * config.local_epochs
+        print(f"{key:<14} {images / seconds:>8.0f} images/s", flush=True)
+        total += seconds
     tuning = TUNE / config.local_epochs * seconds_a_round(rows["e2e"], dataset) / 2  # one view
     left = 60 * minutes - tuning * (len(ROWS) - 2)
-    rounds = int(min(config.rounds, max(config.depth, left / total)))
-    return rounds // config.depth * config.depth
+    rounds = min(config.rounds, max(config.depth, left / total))
+    return int(rounds) // config.depth * config.depth
 
 def one_row(key, out):
     """What a child process does: train, judge and fine-tune one row of the settings in `out`."""
@@ -92,9 +88,9 @@ def report(config, out):
     for key in ROWS:
         folder = out / f"{key}-seed{config.seed}"
         row = json.loads((folder / "summary.json").read_text())
-        if key in plan:
+        if key in plan:  # on a GPU, the history has the allocator's peak
             history = json.loads((folder / "history.json").read_text())
-            peak = max(one["peak_memory_bytes"] for one in history)  # by the GPU's allocator
+            peak = max(one["peak_memory_bytes"] for one in history)
             row |= {"peak_memory_bytes": peak,
                     "tflops": 2e-12 * row["macs"] * config.images / row["seconds"]}
             if torch.cuda.is_available():
@@ -108,8 +104,7 @@ def settings_of(given, base, minutes, out):
     fllw.check(config)
     path = out / "settings.json"
     if path.exists():
-        saved = json.loads(path.read_text())
-        saved.pop("finetune")
+        saved = {k: v for k, v in json.loads(path.read_text()).items() if k != "finetune"}
         for name in given:
             if name not in ("device", "out", "cache") and saved[name] != given[name]:
                 raise InputError(f"{out} belongs to a run with {name} {saved[name]}, not "
@@ -125,27 +120,24 @@ def settings_of(given, base, minutes, out):
 
 def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.paper_scale")
-    mine = parser.add_argument_group("paper scale")
-    mine.add_argument("--minutes", type=float, default=25.0, help="time to choose the rounds for")
-    mine.add_argument("--at-once", type=int, default=4, help="rows that run side by side")
-    mine.add_argument("--rehearse", action="store_true", help="toy size")
-    mine.add_argument("--save", default="", help="also keep the table in experiments/results/")
-    mine.add_argument("--row", help="what its own child processes are given")
+    add = parser.add_argument_group("paper scale").add_argument
+    add("--minutes", type=float, default=25.0, help="time to choose the rounds for")
+    add("--at-once", type=int, default=4, help="rows that run side by side")
+    add("--rehearse", action="store_true", help="toy size")
+    add("--save", default="", help="also keep the table in experiments/results/")
+    add("--row", help="what its own child processes are given")
     given = vars(parser.parse_args())
     minutes, at_once, name = (given.pop(key) for key in ("minutes", "at_once", "save"))
     base, row = TOY if given.pop("rehearse", False) else PAPER, given.pop("row", None)
-    out = Path(given.get("out") or f"runs/paper-scale-{'toy' if base is TOY else 'cifar10'}")
+    out = Path(given.get("out") or f"runs/paper-scale-{base.data}")
     if row:
         return one_row(row, out)
     config = settings_of(given, base, minutes, out)
-    commands = {}
-    for key in ROWS:
-        commands[out / f"{key}.log"] = [sys.executable, "-m", "experiments.paper_scale", "--row",
-                                        key, "--out", str(out)]
+    child = [sys.executable, "-m", "experiments.paper_scale", "--out", str(out), "--row"]
+    commands = {out / f"{key}.log": [*child, key] for key in ROWS}
     began = time.perf_counter()
-    failed = side_by_side(commands, at_once)
-    if failed:
-        raise OSError(f"{len(failed)} rows failed, see {failed[0]}")
+    for log in side_by_side(commands, at_once):
+        raise OSError(f"a row failed, see {log}")
     rows = report(config, out)
     columns = fllw.COLUMNS | {"tflops": ("TFLOP/s", 1, ".2f"), "fit": ("clients fit", 1, ".0f")}
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
