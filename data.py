@@ -73,8 +73,7 @@ ARCHIVES = {
 def load(name, cache="~/.cache/fllw", images=0):
     """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
 
-    images: keep so many training images, the same random ones every time; 0 means all. Raises
-    InputError when there is no such data set or its content is not what it should be."""
+    images: keep so many training images, the same ones every time; 0: all. Raises InputError."""
     if name in ARCHIVES:
         dataset = load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
     elif name == "mnist5k" or str(name).endswith(".npz"):
@@ -92,10 +91,9 @@ def load(name, cache="~/.cache/fllw", images=0):
     return dataset
 
 def load_npz(path):
-    """Read train_images, train_labels, test_images, test_labels (MedMNIST's layout) from an .npz.
+    """Read KEYS (MedMNIST's layout) from an .npz; classes are numbered in the order of labels.
 
-    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]; other keys are
-    ignored. Classes are numbered 0, 1, ... in the order of their labels."""
+    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in KEYS if key in file}
@@ -127,10 +125,8 @@ def check(path, split, arrays):
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.max() >= 2**63:
         raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers below 2^63, "
                          f"one an image, they are {labels.dtype} {list(labels.shape)}")
-    if images.ndim == 3:
-        images = images[..., None]
-    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return images, labels.astype(np.int64)
+    images = torch.from_numpy(images.reshape(*images.shape[:3], -1))  # [N, H, W, C]
+    return images.permute(0, 3, 1, 2).contiguous(), labels.astype(np.int64)
 
 def load_cifar(archive, path):
     """Read the records straight out of the archive; nothing is unpacked or unpickled."""
@@ -145,17 +141,13 @@ def load_cifar(archive, path):
 
 @contextlib.contextmanager
 def lock(path, wait=True):
-    """Hold the file `path` for this process alone; a process that is killed lets go of it.
-
-    Without `wait`, raises BlockingIOError if another process holds it."""
+    """Hold a file alone (who is killed lets go); without `wait`, BlockingIOError if it is held."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 def download(archive, cache):
-    """Fetch an archive once, resuming where an earlier attempt stopped; its verified path.
-
-    Of several processes one downloads, the others wait for it."""
+    """Fetch an archive once for all processes, resuming an earlier attempt; its verified path."""
     path = cache / archive.url.rsplit("/", 1)[1]
     part = path.with_suffix(".part")
     try:
@@ -163,17 +155,15 @@ def download(archive, cache):
         with lock(path.with_suffix(".lock")):
             if not path.exists():
                 fetch(archive, part)
-                if sha256(part) == archive.sha256:
-                    os.replace(part, path)
-                    return path
-                part.unlink()
-                raise InputError(f"what {archive.url} sent does not match its SHA-256 and was "
-                                 "deleted: run the command again")
+            file = path if path.exists() else part
+            if hashlib.sha256(file.read_bytes()).hexdigest() != archive.sha256:
+                part.unlink(missing_ok=True)
+                raise InputError(f"{file} does not match its SHA-256: delete it if it is still "
+                                 "there and run the command again")
+            os.replace(file, path)
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         raise InputError(f"could not download {archive.url} ({error}): run the same command again "
                          f"to resume, or put the file at {path} yourself") from None
-    if sha256(path) != archive.sha256:
-        raise InputError(f"{path} does not match its SHA-256: delete it and run the command again")
     return path
 
 def fetch(archive, part, chunk=1 << 20):
@@ -194,18 +184,13 @@ def fetch(archive, part, chunk=1 << 20):
     if part.stat().st_size < archive.size:
         raise OSError(f"the connection ended before {archive.size:,} bytes had come")
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 # ------------------------------------------------------------ splitting among clients
 
 def partition(labels, clients, alpha=0.0, seed=0):
-    """Split images among clients: each image goes to one client, each client gets at least 2.
+    """Give each image to one client, at least 2 to each: labels int64 [N] -> `clients` indices.
 
     alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the
-    clients' shares from Dirichlet(alpha) (Hsu et al. 2019): the smaller alpha, the fewer classes a
-    client sees. labels: int64 [N]. Returns a list of `clients` index tensors."""
+    clients' shares from Dirichlet(alpha) (Hsu et al. 2019): small alpha, few classes a client."""
     if len(labels) < 2 * clients:
         raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), "
                          f"there are {len(labels)}")
@@ -220,15 +205,10 @@ def partition(labels, clients, alpha=0.0, seed=0):
         cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(images)
         for client, part in enumerate(np.split(images, cuts.round().astype(int))):
             owner[part] = client
-    sizes = np.bincount(owner, minlength=clients)
-    for client in np.flatnonzero(sizes < 2):  # one image makes no contrast: the largest give
-        while sizes[client] < 2:
-            largest = sizes.argmax()
-            owner[np.flatnonzero(owner == largest)[0]] = client
-            sizes[largest] -= 1
-            sizes[client] += 1
-    by_client = np.argsort(owner, kind="stable")
-    return [torch.from_numpy(part) for part in np.split(by_client, np.cumsum(sizes)[:-1])]
+    while (sizes := np.bincount(owner, minlength=clients)).min() < 2:
+        poor = np.argmax(sizes < 2)  # the first client without two: one image makes no contrast
+        owner[np.argmax(owner == sizes.argmax())] = poor  # the largest client's first image
+    return [torch.from_numpy(np.flatnonzero(owner == client)) for client in range(clients)]
 
 # ---------------------------------------------------------------------- two views
 
@@ -264,24 +244,20 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 def two_views(images, recipe, generator):
-    """Two random views of every image: uint8 [B, C, H, W] -> float32 [2B, C, H, W] in -1..1.
-
-    Row i and row B + i come from image i."""
+    """Two views of image i, rows i and B + i: uint8 [B, C, H, W] -> float32 [2B, C, H, W]."""
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
 def moved(images, recipe, seed=0):
-    """One random view of every image, from a fixed seed: uint8 [N, C, H, W] -> the same.
+    """One view of every image, the same everywhere: uint8 [N, C, H, W] -> uint8 [N, C, H, W].
 
-    recipe: a name in MOVED. On the CPU, so that it is the same everywhere."""
+    recipe: a name in MOVED; all runs on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     views = torch.cat([view(part, MOVED[recipe], generator) for part in images.cpu().split(500)])
     return ((views + 1) * 127.5).round().byte()
 
 def view(images, recipe, generator):
-    """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1.
-
-    All randomness comes from `generator`, on the images' device, in a single draw."""
-    x = images.float() / 255
+    """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
+    x = images.float() / 255  # all randomness comes in a single draw, on the images' device
     numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0
 
     def uniform(low, high, count=1):
@@ -300,13 +276,12 @@ def view(images, recipe, generator):
     return x.mul(2).sub(1)
 
 def warp(x, recipe, uniform):
-    """Crop, shift, rotation, shear and flip as one affine map, sampled once. x: [B, C, H, W]."""
+    """Crop, shift, rotation, shear and flip as one affine map of -1..1. x: [B, C, H, W]."""
     H, W = x.shape[2:]
     area, ratio = uniform(*recipe.area), torch.exp(uniform(-1, 1) * math.log(recipe.aspect))
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()  # size of the crop; 1 is the image's own
     if recipe.area[1] <= 1:
         w, h = w.clamp(max=1), h.clamp(max=1)
-    # image coordinates run from -1 to 1
     dx = uniform(-1, 1) * (1 - w).clamp(min=0) + uniform(-2, 2) * recipe.shift
     dy = uniform(-1, 1) * (1 - h).clamp(min=0) + uniform(-2, 2) * recipe.shift
     turn = torch.deg2rad(uniform(-1, 1) * recipe.rotate)
@@ -326,10 +301,9 @@ def warp(x, recipe, uniform):
     return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 def colour(x, recipe, uniform):
-    """Brightness, contrast, saturation, hue and greyscale: linear in the colour, one matrix each.
+    """Brightness and contrast, for C = 3 saturation, hue and grey: x [B, C, H, W] in 0..1.
 
-    Saturation and hue need three channels; other images get brightness and contrast.
-    x: [B, C, H, W] in 0..1."""
+    All are linear in the colour: one matrix an image."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
     bright, contrast, saturate = 1 + apply * uniform(-1, 1, 3) * recipe.colours
