@@ -11,6 +11,7 @@ import math
 import os
 import tarfile
 import urllib.request
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,22 @@ import torch.nn.functional as F
 
 class InputError(Exception):
     """The user asked for what cannot be done; the message is one sentence that says what can."""
+
+@contextlib.contextmanager
+def in_a_sentence(what, advice):
+    """Whatever a missing, damaged or foreign file makes torch, json or the system raise."""
+    try:
+        yield
+    except Exception as error:  # torch.load and numpy.load raise many kinds
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"{what} ({reason}): {advice}") from None
+
+def load_tensors(path):
+    """torch.load() of plain tensors and containers, the checksums of the file checked."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():
+            raise ValueError("a checksum does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
@@ -46,7 +63,6 @@ class Dataset(NamedTuple):
         return result.hexdigest()
 
 # ------------------------------------------------------------------------------------------ loading
-
 MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -79,8 +95,7 @@ def load(name, cache="~/.cache/fllw", images=0):
     elif name == "mnist5k" or str(name).endswith(".npz"):
         dataset = load_npz(MNIST5K if name == "mnist5k" else name)
     else:
-        raise InputError(f"unknown data set {name!r}: use mnist5k, {', '.join(ARCHIVES)} or the "
-                         "path of an .npz file")
+        raise InputError(f"unknown data set {name!r}: use mnist5k, cifar10, cifar100 or a FILE.npz")
     there = len(dataset.train_images)
     if images > there:
         raise InputError(f"{name} has {there:,} training images: --images must be at most that")
@@ -94,17 +109,11 @@ def load_npz(path):
     """Read KEYS (MedMNIST's layout) from an .npz; classes are numbered in the order of labels.
 
     Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]."""
-    try:
+    with in_a_sentence(f"{path} is no .npz of plain arrays", "pickled objects are not read"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in KEYS if key in file}
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except Exception as error:  # a damaged file makes numpy raise many kinds
-        raise InputError(f"{path} is not an .npz of plain arrays (no pickled objects): "
-                         f"{str(error) or type(error).__name__}".splitlines()[0]) from None
-    for key in KEYS:
-        if key not in arrays:
-            raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
+    for key in [key for key in KEYS if key not in arrays]:
+        raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
     train, labels = check(path, "train", arrays)
     test, more = check(path, "test", arrays)
     if train.shape[1:] != test.shape[1:]:
@@ -185,7 +194,6 @@ def fetch(archive, part, chunk=1 << 20):
         raise OSError(f"the connection ended before {archive.size:,} bytes had come")
 
 # ------------------------------------------------------------ splitting among clients
-
 def partition(labels, clients, alpha=0.0, seed=0):
     """Give each image to one client, at least 2 to each: labels int64 [N] -> `clients` indices.
 
@@ -211,7 +219,6 @@ def partition(labels, clients, alpha=0.0, seed=0):
     return [torch.from_numpy(np.flatnonzero(owner == client)) for client in range(clients)]
 
 # ---------------------------------------------------------------------- two views
-
 @dataclass(frozen=True)
 class Recipe:
     """What a random view does to an image. Ranges are uniform; 0 switches a part off."""
@@ -233,11 +240,7 @@ DIGITS = Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic
 NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, colours=0.4, hue=0.1, grey=0.2,
                  blur=0.5)
 RECIPES = {"digits": DIGITS, "natural": NATURAL, "solarised": replace(NATURAL, solarise=0.2)}
-LIGHT = {  # for supervised training, where a view must keep its class
-    "digits": Recipe((0.9, 1.1), aspect=1.1, shift=0.05, rotate=10),
-    "natural": Recipe((1.0, 1.0), aspect=1.0, shift=0.125, flip=0.5)}
-MOVED = {"digits": DIGITS, "natural": replace(NATURAL, grey=0.0, blur=0.0)}  # for testing
-LIGHT["solarised"], MOVED["solarised"] = LIGHT["natural"], MOVED["natural"]
+MOVED = {name: replace(one, grey=0.0, blur=0.0, solarise=0.0) for name, one in RECIPES.items()}
 
 def normalise(images):
     """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""

@@ -1,11 +1,9 @@
 """Federated layer-wise learning (FLL) with federated depth dropout (FDD), from scratch.
 
-Guo et al. 2023, "Towards Federated Learning Under Resource Constraints via Layer-wise Training
-and Depth Dropout" (arXiv 2309.05213); accounting after Tun et al. 2024, "LW-FedSSL" (2401.11647).
-
-Read it from top to bottom: settings, model, stages and depth dropout, the server's state, one
-client, cost, the rounds. There the method ends; the rest serves the command line. ssl_loss.py has
-the loss and the local step (forward and backward), data.py the images and their views.
+After Guo et al. 2023 (arXiv 2309.05213); accounting after Tun et al. 2024, LW-FedSSL (2401.11647).
+Read from top to bottom: settings, model, stages and depth dropout, the server's state, one client,
+cost, the rounds; there the method ends, the rest serves the command line. ssl_loss.py has the loss
+and the local step (forward and backward), data.py the images and their views.
 
 A run has stages, a stage has rounds. In a stage some blocks are present; of these some are active
 (they train), the others frozen, and depth dropout lets a client drop frozen ones. Rounds and
@@ -14,34 +12,28 @@ stages count from 1, blocks and clients from 0.
 import argparse
 import contextlib
 import functools
-import hashlib
-import io
 import json
 import math
 import os
 import sys
 import time
-import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-from data import InputError
+from data import InputError, in_a_sentence, load_tensors
 from ssl_loss import (MemoryMeter, ProjectionHead, allocator_peak, contrastive_step, evaluate,
-                      features, nt_xent)
+                      in_three, nt_xent)
 
 # ----------------------------------------------------------------------------------- settings
-
-def knob(default, help, **limits):  # low <= value <= high, value < below, choices
+def knob(default, help, **limits):  # low <= value <= high, or choices
     return field(default=default, metadata={"help": help, **limits})
 
 @dataclass(frozen=True)
@@ -49,30 +41,27 @@ class Config:
     """Every setting of a run; the command line is generated from these fields."""
     data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz", group="data")
     images: int = knob(0, "use so many of the training images; 0 means all", low=0)
-    augment: str = knob("auto", "recipe of the two views; auto: digits for mnist5k, else natural",
+    augment: str = knob("auto", "the two views; auto: digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural", "solarised"))
     dim: int = knob(64, "width of the vision transformer", low=1, group="model")
     depth: int = knob(4, "number of blocks L", low=1, high=1000)
     heads: int = knob(8, "attention heads; must divide dim", low=1)
     patch_size: int = knob(7, "side of a patch in pixels; must divide the image", low=1)
-    pool: str = knob("mean", "features: mean of patches or token", choices=("mean", "token"))
     head_hidden: int = knob(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
     method: str = knob("fll", "which blocks exist and train at a stage", group="layer-wise",
                        choices=("fll", "e2e", "progressive", "lasting"))
     blocks_per_stage: int = knob(1, "blocks that a stage adds", low=1)
-    new_block: str = knob("copy", "how a new block starts: as a copy of the one below, as zero "
-                          "(the identity), or fresh", choices=("copy", "zero", "fresh"))
-    first_share: float = knob(0.0, "the first stage's share of the rounds; 0: equal",
-                              low=0, below=1)
-    depth_dropout: float = knob(0.25, "probability that a client drops a frozen block in a round",
-                                low=0, below=1)
+    new_block: str = knob("copy", "its start: copy of the block below, zero (identity) or fresh",
+                          choices=("copy", "zero", "fresh"))
+    first_share: float = knob(0.0, "share of the rounds for stage 1; 0: equal", low=0, high=0.99)
+    depth_dropout: float = knob(0.25, "chance that a frozen block is dropped", low=0, high=0.99)
     clients: int = knob(2, "number of clients N", low=1, group="federation")
     clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
     alpha: float = knob(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
-    client_failure: float = knob(0.0, "probability of no answer in a round", low=0, below=1)
+    client_failure: float = knob(0.0, "chance of no answer in a round", low=0, high=0.99)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
     micro_batch: int = knob(0, "images whose graph is held at a time (exact); 0: all", low=0)
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
@@ -83,6 +72,13 @@ class Config:
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
+
+    def learner(self, image_shape):
+        """What a client trains. Settings with another model override this and macs()."""
+        return Learner(self, image_shape)
+
+    def macs(self, stage, kept, image_shape):
+        return macs(self, stage, kept, image_shape)
 
 INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # what a draw is for
 
@@ -100,27 +96,11 @@ def recipe(config):
     return auto if config.augment == "auto" else config.augment
 
 def pick_device(config):
-    """The torch.device of a run; under torchrun, auto and cuda give each process its own GPU."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    auto = gpu if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device({"auto": auto, "cuda": gpu}.get(config.device, config.device))
-        if device.type in ("cpu", "cuda"):
-            return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):
-        pass
-    raise InputError(f"there is no device {config.device} here: use cpu, or auto to take one of "
-                     f"{torch.cuda.device_count()} GPUs")
-
-def rank():
-    """This process among those that torchrun started."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The torch.device of a run."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if config.device == "auto" else config.device)
 
 # -------------------------------------------------------------------------------------- model
-
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -134,9 +114,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-class Block(nn.Module):
-    """Pre-norm transformer block; without its two halves it is the identity."""
-
+class Block(nn.Module):  # pre-norm; without its two halves it is the identity
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -152,18 +130,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021): images [B, C, H, W] -> features [B, dim].
 
-    Names and arithmetic are those of timm's VisionTransformer with num_classes=0, for pool="mean"
-    with global_pool="avg", fc_norm=False. image_size: (height, width), pixels."""
-
-    def __init__(self, image_size=(32, 32), patch_size=4, channels=3, dim=192, depth=12, heads=3,
-                 pool="token"):
+    Names and arithmetic are those of timm's VisionTransformer with num_classes=0,
+    global_pool="avg", fc_norm=False. image_size: (height, width), pixels."""
+    def __init__(self, image_size, patch_size, channels, dim, depth, heads):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
-            raise InputError(f"the patch size {patch_size} must divide the image, which is "
-                             f"{height} x {width} pixels")
+            raise InputError(f"the patch size {patch_size} must divide {height} x {width} pixels")
         patches = (height // patch_size) * (width // patch_size)
-        self.pool = pool
         self.patch_embed = nn.Sequential(OrderedDict(
             proj=nn.Conv2d(channels, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -188,27 +162,25 @@ class ViT(nn.Module):
         """Blocks from `start` on, final norm, pooling: tokens [B, T, D] -> features [B, D]."""
         for block in self.blocks[start:]:
             x = block(x)
-        x = self.norm(x)
-        return x[:, 1:].mean(1) if self.pool == "mean" else x[:, 0]
+        return self.norm(x)[:, 1:].mean(1)  # of the patches, without the class token
 
     def forward(self, images):
         return self.upper(self.lower(images, 0), 0)
 
 class Learner(nn.Module):
     """What is trained: the encoder, and the projection head that is thrown away afterwards."""
-
-    def __init__(self, config, shape):
+    def __init__(self, config, image_shape):
         super().__init__()
-        channels, *size = shape
+        channels, *size = image_shape
         self.encoder = ViT(size, config.patch_size, channels, config.dim, config.depth,
-                           config.heads, config.pool)
+                           config.heads)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
 def initial(config, shape, device="cpu"):
-    """State dict of a fresh learner with all its blocks; on device "meta", shapes without data."""
+    """State dict of a fresh learner, all its blocks; on device "meta", shapes without data."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
-        return Learner(config, shape).state_dict()
+        return config.learner(shape).state_dict()
 
 def block_of(name):
     """The number of the block that a tensor of this name belongs to, or None."""
@@ -218,9 +190,8 @@ def block_of(name):
 def assemble(config, tensors, shape):
     """The learner with these tensors; a block that is not among them is the identity."""
     with torch.device("meta"):
-        learner = Learner(config, shape)
-    there = {block_of(name) for name in tensors}
-    for b in set(range(config.depth)) - there:
+        learner = config.learner(shape)
+    for b in set(range(config.depth)) - {block_of(name) for name in tensors}:
         learner.encoder.blocks[b] = nn.Identity()
     own = {name: t.clone() for name, t in tensors.items()}  # what trains is not the server's
     learner.load_state_dict(own, assign=True)
@@ -231,13 +202,12 @@ def encoder_of(config, server, shape):
     return assemble(config, server, shape).encoder.eval().requires_grad_(False)
 
 # ----------------------------------------------------------------- stages and depth dropout
-
 @dataclass(frozen=True)
 class Stage:
-    """Which blocks exist and which of them train, by their numbers from 0."""
-    number: int     # counted from 1
-    present: tuple  # ascending
-    active: tuple   # ascending, some of those present
+    """Which blocks exist and which of them train, ascending."""
+    number: int     # counted from 1, as rounds are
+    present: tuple  # counted from 0
+    active: tuple   # some of those present
     rounds: int
 
     @property
@@ -254,7 +224,7 @@ class Stage:
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
 
-    history: the rows of the rounds done, for plans that end a stage by its loss, say."""
+    history: the rows of the rounds done, for other plans, that look at losses."""
     L, k = config.depth, config.blocks_per_stage
     every, tops = tuple(range(L)), range(k, L + 1, k)
     choices = {  # (present, active), stage by stage
@@ -263,16 +233,13 @@ def stages(config, history=()):
         "fll": [(every[:top], every[top - k:top]) for top in tops],      # only the newest train
         "lasting": [(every[:top] + every[-1:], every[top - k:top] + every[-1:])
                     for top in range(k, L, k)]}  # and the last one, there from the first stage on
-    blocks = choices[config.method]
-    plan, rounds_left = [], config.rounds
-    for number, (present, active) in enumerate(blocks, 1):
-        later = len(blocks) - number
-        rounds = math.ceil(rounds_left / (later + 1))
-        if number == 1 and later and config.first_share:
-            rounds = min(max(1, round(config.first_share * config.rounds)), config.rounds - later)
-        plan.append(Stage(number, present, active, rounds))
-        rounds_left -= rounds
-    return plan
+    blocks, rounds = choices[config.method], range(config.rounds)
+    shares, later = np.array_split(rounds, len(blocks)), len(blocks) - 1
+    if later and config.first_share:
+        first = min(max(1, round(config.first_share * config.rounds)), config.rounds - later)
+        shares = [rounds[:first], *np.array_split(rounds[first:], later)]
+    return [Stage(number, present, active, len(share))
+            for number, ((present, active), share) in enumerate(zip(blocks, shares), 1)]
 
 def stage_of(plan, rounds_done):
     """The stage of the next round and how many of its rounds are done; (None, 0) at the end."""
@@ -289,10 +256,8 @@ def sample_clients(config, number):
     return sorted(chosen.tolist())
 
 def draw_blocks(config, stage, number, client):
-    """Federated depth dropout: the blocks that this client keeps in round `number`.
-
-    Every frozen block is dropped with probability depth_dropout, independently; active blocks
-    never are. A function of (seed, round, client)."""
+    """Federated depth dropout: the blocks that this client keeps in round `number`, drawn from
+    (seed, round, client). Each frozen block is dropped with probability depth_dropout."""
     draws = rng(config, DROPOUT, number, client).random(len(stage.frozen))
     dropped = [b for b, u in zip(stage.frozen, draws) if u < config.depth_dropout]
     return tuple(b for b in stage.present if b not in dropped)
@@ -302,7 +267,6 @@ def broadcast(server, kept):
     return {name: t for name, t in server.items() if block_of(name) in (None, *kept)}
 
 # --------------------------------------------------------------------- what the server holds
-
 ZERO = "zero"  # the version of tensors that everybody knows to be 0, so that nothing is sent
 
 @dataclass
@@ -312,7 +276,7 @@ class State:
     server: dict   # name -> tensor: the encoder so far, and the head
     version: dict  # name -> which tensor that is: a copy has the version of its original
     history: list = field(default_factory=list)  # one dict a round, see new_row()
-    held: dict = field(default_factory=dict)     # client -> versions that it has received
+    held: dict = field(default_factory=dict)     # client -> list of versions that it has received
     changes: int = 0                             # how often update() was called
 
     def update(self, tensors):
@@ -327,10 +291,8 @@ def start(config, shape, plan=stages, device="cpu"):
     return State(shape, server, {name: name for name in server})
 
 def grow(config, state, stage):
-    """Add the blocks that are new in this stage to the server's state.
-
-    A new block is a copy of the nearest one below it, or else of the lowest; with new_block
-    "zero" the output layers of its two halves are 0: at first it is the identity."""
+    """Add the blocks that are new in this stage: copies of the nearest one below, or else of the
+    lowest; with new_block "zero" the output layers of both halves are 0, which is the identity."""
     there = {block_of(name) for name in state.server} - {None}
     device = next(iter(state.server.values())).device
     for b in sorted(set(stage.present) - there):
@@ -346,7 +308,6 @@ def grow(config, state, stage):
         there.add(b)
 
 # --------------------------------------------------------------------------------- one client
-
 def receive(config, message, shape, stage):
     """A client's learner from what it received; a dropped block is the identity."""
     learner = assemble(config, message, shape)
@@ -354,35 +315,14 @@ def receive(config, message, shape, stage):
         parameter.requires_grad_(stage.trains(name))
     return learner
 
-def in_three(config, learner, stage):
-    """The learner as three functions: frozen blocks, without a graph; the rest of it; the head.
-
-    The first runs what lies below the first active block: images -> tokens, or images as they are
-    where the embedding trains, too. The second makes of these features [B, D]."""
-    encoder, first = learner.encoder, min(stage.active)
-    amp = torch.autocast(next(learner.parameters()).device.type, torch.bfloat16,
-                         enabled=config.amp)
-
-    @amp
-    @torch.no_grad()
-    def below(images):
-        return encoder.lower(images, first) if first else images
-
-    @amp
-    def rest(x):
-        return encoder.upper(x, first) if first else encoder(x)
-
-    return below, rest, amp(learner.head.forward)
-
 def local_train(config, stage, message, images, number, client, progress=0.0,
                 step=contrastive_step):
     """One client's work in round `number`. Returns (upload, losses): what it trained, by name, and
     the loss of every local step [steps].
 
     message: from broadcast(); images: the client's, uint8 [n, C, H, W], on the device; progress:
-    the share of the stage's rounds that is done; step: what a local step does. AdamW starts anew
-    each round: its moments belong to weights that averaging has replaced, and a client that is
-    sampled now and then could not keep them."""
+    the share of the stage's rounds that is done. AdamW starts anew each round: its moments belong
+    to weights that averaging has replaced, and a client that is sampled rarely has none."""
     learner = receive(config, message, images.shape[1:], stage)
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
@@ -411,11 +351,10 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
     return {name: p.detach() for name, p in trained.items()}, torch.stack(losses)
 
 # --------------------------------------------------------------------------------------- cost
-
 REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
 
 def download_bytes(state, kept):
-    """Bytes that a round sends down, means over clients: (keeping what it has, stateless).
+    """Bytes sent down in a round, means over clients: (keeping what they have, stateless).
 
     Equal tensors travel once: a block that starts as a copy is what the client has, or gets
     anyway, by another name. Notes in state.held what each client has now."""
@@ -424,18 +363,18 @@ def download_bytes(state, kept):
         message = {state.version[name]: tensor.nbytes
                    for name, tensor in broadcast(state.server, blocks).items()}
         message.pop(ZERO, None)
-        held = state.held.get(client, set())
+        held = set(state.held.get(client, ()))
         new = sum(size for version, size in message.items() if version not in held)
         sums.append((new, sum(message.values())))
-        state.held[client] = (held | set(message)) & current
+        state.held[client] = sorted((held | set(message)) & current)
     return np.mean(sums, 0).tolist()
 
 def macs(config, stage, kept, image_shape):
-    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them.
+    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them: two
+    views; linear layers and attention products; forward 1x, and backward 2x for what trains.
 
-    Two views; forward 1x and backward 2x for what trains, forward 1x for what is frozen; linear
-    layers and attention products. Micro-batches run what trains, but for the head, forward twice.
-    Through a frozen block above an active one the gradient of the activations passes."""
+    Micro-batches run what trains, but for the head, forward twice. Through a frozen block above an
+    active one the gradient of the activations passes."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T, first = patches + 1, min(stage.active)
@@ -459,17 +398,15 @@ def step_memory(config, stage, server, kept, image_shape, images=0, client=local
     below = [b for b in stage.frozen if b < first]  # these are alike: only how many matters
     kept = (*below[:len([b for b in kept if b < first])], *(b for b in kept if b >= first))
     form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
-    same = dict(seed=0, rounds=1, clients=1, clients_per_round=0, alpha=0.0, lr=1e-3,
-                depth_dropout=0.0, first_share=0.0, client_failure=0.0, device="cpu", out="")
-    return metered_step(replace(config, **same), replace(stage, number=1, rounds=1), form,
-                        image_shape, images, client).peak
+    config = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
+    stage = replace(stage, number=1, rounds=1)  # what does not matter is the same in the cache
+    return metered_step(config, stage, form, image_shape, images, client).peak
 
 @functools.lru_cache(maxsize=None)
 def metered_step(config, stage, form, image_shape, images=0, client=local_train):
-    """The MemoryMeter of two local steps: from the second on the optimizer has its state.
-
-    They run on torch's fake tensors, which have shapes and lifetimes but no data: the same bytes
-    as real steps on the CPU, in no time and no memory. form: pairs (name, shape) of a message."""
+    """The MemoryMeter of two local steps (from the second on the optimizer has its state) on fake
+    tensors, which have shapes and lifetimes but no data: the bytes of real steps on the CPU, in
+    no time. form: pairs (name, shape) of a message."""
     batch = min(config.batch_size, images or config.batch_size)
     config = replace(config, local_epochs=1, batch_size=batch)
     with FakeTensorMode():
@@ -480,23 +417,20 @@ def metered_step(config, stage, form, image_shape, images=0, client=local_train)
     return meter
 
 def round_cost(config, state, stage, kept):
-    """Bytes and multiply-accumulates of a round if all answer: means over its clients.
-
-    kept: client -> blocks that it keeps."""
+    """Bytes and multiply-accumulates of a round, means over its clients, if all answer."""
     down, stateless = download_bytes(state, kept)
-    work = [macs(config, stage, blocks, state.shape) for blocks in kept.values()]
+    work = [config.macs(stage, blocks, state.shape) for blocks in kept.values()]
     upload = sum(t.nbytes for name, t in state.server.items() if stage.trains(name))
     return {"download_bytes": down, "stateless_download_bytes": stateless,
             "upload_bytes": float(upload + REPORT_BYTES),
             "macs": config.local_epochs * float(np.mean(work))}
 
 def cost(config, image_shape, images=0, client=local_train, plan=stages, history=(), state=None):
-    """What a client that takes part in every round pays for the whole training, without training.
+    """What a client that takes part in every round pays for the whole training, without training:
+    the rounds with tensors that hold no data, and the means over up to ten clients' draws.
 
-    Replays the rounds with tensors that hold no data; with depth dropout, the mean over up to ten
-    clients' draws. images: how many the client has; history: of a run whose plan looks at it;
-    state: before the first round, on the device "meta". Returns round_cost()'s keys and
-    peak_memory_bytes."""
+    images: how many the client has; history: of a run whose plan looks at it; state: before the
+    first round, on the device "meta". Returns round_cost()'s keys and peak_memory_bytes."""
     clients = range(min(config.clients_per_round or config.clients, 10))
     state = state or start(config, image_shape, plan, "meta")
     rows, peak = [], 0
@@ -515,18 +449,13 @@ def cost(config, image_shape, images=0, client=local_train, plan=stages, history
         state.update({name: t for name, t in state.server.items() if stage.trains(name)})
 
 # --------------------------------------------------------------------------------- the rounds
-
 class Average:
     """FedAvg (McMahan et al. 2017): the mean of what clients sent, weighted by |D_n|, their images.
-
-    A running sum, so that memory does not grow with the clients; in float64, so that the order of
-    summation, which differs between one process and many, is not seen in float32."""
-
+    A running sum: memory does not grow with the clients. In float64: finite uploads have a finite
+    mean, and the order of the clients is not seen in float32."""
     def __init__(self, like):
-        self.like = like
+        self.like, self.images = like, 0
         self.total = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in like.items()}
-        device = next(iter(like.values())).device
-        self.images = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, upload, images):
         self.images += images
@@ -534,10 +463,7 @@ class Average:
             self.total[name] += images * tensor.double()
 
     def mean(self):
-        """name -> tensor, or {} if nobody answered; over all processes of torchrun."""
-        if processes() > 1:
-            for tensor in (self.images, *self.total.values()):
-                dist.all_reduce(tensor)
+        """name -> tensor, or {} if nobody answered."""
         if self.images == 0:
             return {}
         return {n: (t / self.images).to(self.like[n].dtype) for n, t in self.total.items()}
@@ -548,32 +474,26 @@ def sound(upload, expected):
         return {name: (t.shape, t.dtype) for name, t in tensors.items()}
     return form(upload) == form(expected) and all(t.isfinite().all() for t in upload.values())
 
-ANSWERED, ACCEPTED, LOSS, PEAK = range(4)  # the columns of a round's reports
+Report = namedtuple("Report", "accepted loss peak")  # of a client that answered; peak in bytes
 
-def run_round(config, state, stage, progress, kept, images_of, client=local_train):
-    """One round: send, train, collect, for each client; then average.
-
-    kept: client -> blocks that it keeps; images_of: client -> images. Under torchrun each of K
-    processes does every K-th client. Returns the reports, float64 [clients, 4]."""
-    number = len(state.history) + 1
+def run_round(config, state, stage, progress, kept, images, parts, client=local_train):
+    """One round: send, train, collect, for each client; then average. kept: client -> blocks that
+    it keeps; parts: client -> which images. Returns client -> Report, of those that answered."""
+    number, reports = len(state.history) + 1, {}
     expected = {name: t for name, t in state.server.items() if stage.trains(name)}
     average = Average(expected)
-    reports = torch.zeros(len(kept), 4, dtype=torch.float64, device=average.images.device)
-    for i, one in list(enumerate(kept))[rank()::processes()]:
+    for one, blocks in kept.items():
         if rng(config, FAILURE, number, one).random() < config.client_failure:
             continue
-        message, images = broadcast(state.server, kept[one]), images_of(one)
-        with allocator_peak(images.device) as peak_bytes:
-            upload, losses = client(config, stage, message, images, number, one, progress)
+        message, own = broadcast(state.server, blocks), images[parts[one].to(images.device)]
+        with allocator_peak(images.device) as peak:
+            upload, losses = client(config, stage, message, own, number, one, progress)
         accepted = sound(upload, expected)
         if accepted:
-            average.add(upload, len(images))
-        report = [1, accepted, losses.mean().item(), peak_bytes()]
-        reports[i] = torch.tensor(report, dtype=torch.float64)
+            average.add(upload, len(own))
+        reports[one] = Report(accepted, losses.mean().item(), peak())
     state.update(average.mean())
-    if processes() > 1:
-        dist.all_reduce(reports)
-    return reports.cpu()
+    return reports
 
 def new_row(number, stage, kept, price, reports, seconds):
     """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
@@ -584,33 +504,31 @@ def new_row(number, stage, kept, price, reports, seconds):
     received, stateless_download_bytes of one that keeps nothing; upload_bytes: its tensors, mean
     loss and number of images; macs: multiply-accumulates for one image, all local epochs;
     peak_memory_bytes of the client that needs most; seconds."""
-    answered, accepted = reports[:, ANSWERED] > 0, reports[:, ACCEPTED] > 0
-    if answered.any() and not reports[answered, LOSS].isfinite().any():
-        raise FloatingPointError(f"the loss became NaN or infinite everywhere in round {number}")
-    clients = torch.tensor(list(kept))
+    losses = [report.loss for report in reports.values() if report.accepted]
+    if reports and not any(math.isfinite(report.loss) for report in reports.values()):
+        raise FloatingPointError(f"the loss of round {number} is not finite: try a smaller --lr")
     return {
         "round": number, "stage": stage.number, "present_blocks": list(stage.present),
         "active_blocks": list(stage.active), "clients": list(kept),
         "kept_blocks": [list(blocks) for blocks in kept.values()],
-        "lost": clients[~answered].tolist(), "rejected": clients[answered & ~accepted].tolist(),
-        "loss": reports[accepted, LOSS].mean().item() if accepted.any() else None,
-        **price, "upload_bytes": price["upload_bytes"] * answered.double().mean().item(),
-        "peak_memory_bytes": int(reports[:, PEAK].max()), "seconds": seconds}
+        "lost": [one for one in kept if one not in reports],
+        "rejected": [one for one, report in reports.items() if not report.accepted],
+        "loss": sum(losses) / len(losses) if losses else None,
+        **price, "upload_bytes": price["upload_bytes"] * len(reports) / len(kept),
+        "peak_memory_bytes": max((report.peak for report in reports.values()), default=0),
+        "seconds": seconds}
 
 def federate(config, dataset, state=None, on_round=None, client=local_train, plan=stages):
-    """Train by federated rounds, and return (encoder, history). The settings passed check().
+    """Train by federated rounds, and return (encoder, history of rows as in new_row()).
 
-    state: from on_round or a checkpoint, to go on from there. on_round(row, state) is called after
-    every round and may change the server's tensors, by state.update(). client: what a client does.
-    plan(config, history): the stages. A row of the history is described at new_row()."""
+    config: one that passed check(); state: to go on from, of on_round or a checkpoint;
+    on_round(row, state): called after every round, may change the server by state.update();
+    client: what a client does, as local_train; plan(config, history): the stages."""
     images = dataset.train_images.to(pick_device(config))
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     state = state or start(config, dataset.shape, plan)
     state.server = {name: t.to(images.device) for name, t in state.server.items()}
     warm = not images.is_cuda  # on a GPU, a first step allocates what is no client's memory
-
-    def images_of(one):
-        return images[parts[one].to(images.device)]
 
     while True:
         number = len(state.history) + 1
@@ -625,19 +543,18 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
             client(config, stage, state.server, images[:config.batch_size], number, 0)
             warm = True
         price, began = round_cost(config, state, stage, kept), time.perf_counter()
-        reports = run_round(config, state, stage, done / stage.rounds, kept, images_of, client)
-        seconds = time.perf_counter() - began
+        reports = run_round(config, state, stage, done / stage.rounds, kept, images, parts, client)
+        row = new_row(number, stage, kept, price, reports, time.perf_counter() - began)
         if not images.is_cuda:
             most = max(len(parts[one]) for one in kept)
-            reports[:, PEAK] = max(step_memory(config, stage, state.server, blocks, state.shape,
-                                               most, client) for blocks in set(kept.values()))
-        row = new_row(number, stage, kept, price, reports, seconds)
+            row["peak_memory_bytes"] = max(
+                step_memory(config, stage, state.server, blocks, state.shape, most, client)
+                for blocks in set(kept.values()))
         state.history.append(row)
         if on_round:
             on_round(row, state)
 
 # ------------------------------ here the method ends; what follows serves the command line
-
 def check(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
     def must(true, name, rule):
@@ -647,21 +564,22 @@ def check(config):
 
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
-        choices, below = limits.get("choices", (value,)), limits.get("below", math.inf)
-        low, high = limits.get("low", -math.inf), limits.get("high", 1e9)
+        choices = limits.get("choices", (value,))
         must(value in choices, f.name, "one of " + ", ".join(map(str, choices)))
-        if isinstance(value, (int, float)):
+        if "low" in limits:
+            low, high = limits["low"], limits.get("high", 1e9)
             must(low <= value <= high, f.name, f"from {low:g} to {high:g}")
-            must(value < below, f.name, f"below {below:g}")
     grown = config.depth - (config.method == "lasting")  # block by block
     must(config.method == "e2e" or (grown > 0 and grown % config.blocks_per_stage == 0), "depth",
          f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus a lasting top block")
     must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
-    must(config.clients_per_round <= config.clients, "clients_per_round",
-         f"at most --clients ({config.clients})")
-    needed = len(stages(config))
-    must(config.rounds >= needed, "rounds", f"at least the number of stages ({needed})")
-    pick_device(config)
+    must(config.clients_per_round <= config.clients, "clients", "at least --clients-per-round")
+    must(config.rounds >= len(stages(config)), "rounds", "at least the number of stages")
+    try:
+        there = torch.empty(0, device=pick_device(config)).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        there = False
+    must(there, "device", f"cpu, or auto to take one of {torch.cuda.device_count()} GPUs")
 
 def without_effect(config):
     """The settings that change nothing here: nobody should believe that they were measured."""
@@ -669,7 +587,9 @@ def without_effect(config):
     useless = [] if any(stage.frozen for stage in plan) else ["depth_dropout"]
     if len(plan) == 1:
         useless += ["new_block", "first_share"]
-    return useless + (["blocks_per_stage"] if config.method == "e2e" else [])
+    if config.method == "e2e":
+        useless += ["blocks_per_stage"]
+    return useless
 
 def label(config):
     """A method's name in tables."""
@@ -683,8 +603,6 @@ def label(config):
 
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
-    if rank():
-        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         if path.suffix == ".pt":
@@ -695,23 +613,45 @@ def write(path, content):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
+def load_checkpoint(folder, config, shape):
+    """The State to go on from, or None; InputError if it is damaged or does not fit."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    with in_a_sentence(f"{path} is no checkpoint of this run", "choose another --out"):
+        state, fresh = State(**load_tensors(path)), initial(config, shape, "meta")
+        assemble(config, state.server, shape)
+        json.dumps([list(row.items()) for row in state.history])
+        if (any(t.dtype != fresh[name].dtype for name, t in state.server.items())
+                or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
+                or (type(state.held), type(state.changes)) != (dict, int)):
+            raise ValueError("its parts do not fit each other")
+        return state
+
+def load_encoder(folder):
+    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
+    with in_a_sentence(f"{folder} holds no finished run", f"train with --out {folder}"):
+        saved = json.loads((Path(folder) / "config.json").read_text())
+        config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
+        tensors = load_tensors(Path(folder) / "encoder.pt")
+        named = broadcast(initial(config, saved["image_shape"]), ())  # the head, to be dropped
+        named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        return encoder_of(config, named, saved["image_shape"])
+
 def refuse_another(folder, mine):
     """Raise InputError if the folder exists and belongs to other settings or images."""
-    try:
-        found = {p.name for p in folder.iterdir() if p.suffix != ".tmp"} if folder.exists() else {}
-        saved = json.loads((folder / "config.json").read_text()) if set(found) - {"lock"} else mine
+    with in_a_sentence(f"{folder} exists and is no run folder", "choose another --out"):
+        names = {p.name for p in folder.iterdir() if p.suffix != ".tmp"} if folder.exists() else {}
+        saved = json.loads((folder / "config.json").read_text()) if {*names} - {"lock"} else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise InputError(f"{folder} exists and is no run folder: choose another --out") from None
     for name in different:
         raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
                          f"{mine[name]}: choose another --out")
 
 @contextlib.contextmanager
 def run_folder(config, dataset, experiment=""):
-    """Open the folder of a run for this process alone: yields (folder, State to go on from).
-
-    It belongs to settings, images and experiment; others are refused, nothing touched."""
+    """Open a run's folder, for this process alone: yields (folder, State to go on from). It belongs
+    to settings, images and experiment; others are refused, nothing touched."""
     mine = {k: v for k, v in asdict(config).items() if k not in ("device", "out", "cache")}
     mine |= {"experiment": experiment, "image_shape": list(dataset.shape),
              "images_sha256": dataset.digest()}
@@ -721,103 +661,37 @@ def run_folder(config, dataset, experiment=""):
     data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     refuse_another(folder, mine)
     with contextlib.ExitStack() as held:
-        try:
-            if rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(data.lock(folder / "lock", wait=False))
-                refuse_another(folder, mine)
-                for left_behind in folder.glob("*.tmp"):
-                    left_behind.unlink()
-                write(folder / "config.json", mine)
-        except BlockingIOError:
-            raise InputError(f"another process is at work in {folder}: wait, or choose another "
-                             "--out") from None
-        except OSError as error:
-            raise InputError(f"cannot write to {folder} ({error.strerror}): choose another "
-                             "--out") from None
-        if processes() > 1:
-            dist.barrier()
-        state = load_checkpoint(folder, config, dataset.shape)
-        same_everywhere(config, mine, state)
-        yield folder, state
+        with in_a_sentence(f"cannot work in {folder}", "choose another --out, or wait if another "
+                           "process is at work there"):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(data.lock(folder / "lock", wait=False))
+        refuse_another(folder, mine)
+        for left_behind in folder.glob("*.tmp"):
+            left_behind.unlink()
+        write(folder / "config.json", mine)
+        yield folder, load_checkpoint(folder, config, dataset.shape)
 
-def load_tensors(path):
-    """torch.load() of plain tensors and containers, the checksums of the file checked."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("a checksum does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
+COLUMNS = {  # of a table: (heading, unit, digits)
+    "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
+    "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
+    "finetuned": ("fine-tuned", 1, 1), "peak_memory_bytes": ("peak MiB", 2**20, 1),
+    "macs": ("GMAC/image", 1e9, 2), "download_bytes": ("down MB", 1e6, 1),
+    "upload_bytes": ("up MB", 1e6, 1), "stateless_download_bytes": ("stateless MB", 1e6, 1),
+    "seconds": ("seconds", 1, 0)}
 
-def load_checkpoint(folder, config, shape):
-    """The State to go on from, or None; InputError if it is damaged or does not fit."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        state = State(**load_tensors(path))
-        state.held = {one: set(versions) for one, versions in state.held.items()}
-        whole = initial(config, shape, "meta")  # an experiment may have tensors beside these
-        own = {name: t for name, t in state.server.items() if name in whole}
-        assemble(config, own, shape)
-        json.dumps([list(row.items()) for row in state.history])
-        if (not all(t.dtype == whole[name].dtype for name, t in own.items())
-                or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
-                or type(state.changes) is not int):
-            raise ValueError("its parts do not fit each other")
-        return state
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path} is damaged or not a checkpoint of this run "
-                         f"({type(error).__name__}): restore it, or choose another --out") from None
-
-def same_everywhere(config, settings, state):
-    """Raise InputError unless all processes have the same settings, images and checkpoint."""
-    sums = [t.double().sum().item() for t in state.server.values()] if state else []
-    text = json.dumps([settings, sums, state.history if state else []]).encode()
-    number = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    largest = torch.tensor([number, -number], device=pick_device(config))
-    if processes() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    if largest.sum() != 0:
-        raise InputError("the processes differ in settings, images or checkpoint (this one starts "
-                         f"after {len(state.history) if state else 0} rounds): give all the same")
-
-def load_encoder(folder):
-    """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-        config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
-        tensors = load_tensors(Path(folder) / "encoder.pt")
-        named = broadcast(initial(config, saved["image_shape"]), ())  # the head, to be dropped
-        named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return encoder_of(config, named, saved["image_shape"])
-    except Exception as error:  # a file that is missing, damaged or another's raises many kinds
-        raise InputError(f"{folder} holds no finished run ({type(error).__name__}): train it with "
-                         f"python fllw.py --out {folder}") from None
-
-COLUMNS = {  # of a table: (heading, unit's divisor, format)
-    "knn": ("k-NN %", 1, ".1f"), "linear_probe": ("probe %", 1, ".1f"),
-    "moved_knn": ("moved k-NN", 1, ".1f"), "moved_probe": ("moved probe", 1, ".1f"),
-    "ten_labels": ("10 labels", 1, ".1f"), "finetuned": ("fine-tuned", 1, ".1f"),
-    "peak_memory_bytes": ("peak MiB", 2**20, ".1f"), "macs": ("GMAC/image", 1e9, ".2f"),
-    "download_bytes": ("down MB", 1e6, ".1f"), "upload_bytes": ("up MB", 1e6, ".1f"),
-    "stateless_download_bytes": ("stateless MB", 1e6, ".1f"), "seconds": ("seconds", 1, ".0f")}
+def cell(value, unit, digits):
+    if isinstance(value, str):
+        return value
+    numbers = np.atleast_1d(value) / unit
+    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{spread}"
 
 def table(rows, columns=COLUMNS):
-    """Rows {name: {column: number, numbers over seeds, or text}} as text, in order of `columns`.
-
-    Numbers over seeds become their mean ± standard deviation."""
+    """Rows {name: {column: number, text, or numbers over seeds, shown as mean ± deviation}}."""
     used = [c for c in columns if any(c in row for row in rows.values())]
     lines = [["", *(columns[c][0] for c in used)]]
     for name, row in rows.items():
-        lines.append([name])
-        for column in used:
-            value, (_, unit, form) = row.get(column, "-"), columns[column]
-            if not isinstance(value, str):
-                numbers = np.atleast_1d(value) / unit
-                value = format(np.mean(numbers), form)
-                if len(numbers) > 1:
-                    value += f" ±{np.std(numbers, ddof=1):{form}}"
-            lines[-1].append(value)
+        lines.append([name, *(cell(row.get(c, "-"), *columns[c][1:]) for c in used)])
     widths = [max(map(len, cells)) + 2 for cells in zip(*lines)]
     return "\n".join(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:]))
                      for name, *cells in lines)
@@ -830,36 +704,22 @@ def train(config, dataset, folder, state=None, on_round=None, client=local_train
     def after(row, state):
         if on_round:
             on_round(row, state)
-        held = {one: sorted(versions) for one, versions in state.held.items()}
-        write(folder / "checkpoint.pt", {**vars(state), "held": held})
+        write(folder / "checkpoint.pt", vars(state))
         notes = []
         for kept in row["kept_blocks"][:3]:
             notes.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
                                  for b in row["present_blocks"]))
         for what in ("lost", "rejected"):
             notes += [f"{what}: client {one}" for one in row[what]]
-        loss, mb = math.nan if row["loss"] is None else row["loss"], row["upload_bytes"] / 1e6
-        print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {row['download_bytes'] / 1e6:8.3f}"
-              f" {mb:8.3f} {row['peak_memory_bytes'] / 2**20:9.1f} {row['seconds']:8.2f} ", *notes,
-              flush=True)
+        loss = math.nan if row["loss"] is None else row["loss"]
+        print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {row['download_bytes'] / 1e6:8.3f} "
+              f"{row['upload_bytes'] / 1e6:8.3f} {row['peak_memory_bytes'] / 2**20:9.1f} "
+              f"{row['seconds']:8.2f} ", *notes, flush=True)
 
     encoder, history = federate(config, dataset, state, after, client, plan)
     write(folder / "history.json", history)
-    write(folder / "encoder.pt", {name: t.cpu() for name, t in encoder.state_dict().items()})
+    write(folder / "encoder.pt", encoder.state_dict())
     return encoder, history
-
-def judge(encoder, config, dataset):
-    """evaluate() of an encoder, or of raw pixels where it is None."""
-    device = pick_device(config)
-    if encoder is None:
-        return evaluate(lambda x: x.to(device).flatten(1) / 255, dataset, recipe(config))
-    return evaluate(functools.partial(features, encoder.to(device)), dataset, recipe(config))
-
-def result(config, dataset, encoder, history, client=local_train, plan=stages):
-    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
-    price = price_of(config, dataset, client, plan, history)
-    price["seconds"] = sum(row["seconds"] for row in history)
-    return judge(encoder, config, dataset) | price
 
 def price_of(config, dataset, client=local_train, plan=stages, history=()):
     """cost() of a run on these images."""
@@ -869,37 +729,35 @@ def price_of(config, dataset, client=local_train, plan=stages, history=()):
         price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
     return price
 
+def result(config, dataset, encoder, history, client=local_train, plan=stages):
+    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
+    judged = evaluate(encoder.to(pick_device(config)), dataset, recipe(config))
+    seconds = sum(row["seconds"] for row in history)
+    return judged | price_of(config, dataset, client, plan, history) | {"seconds": seconds}
+
 def run(config):
     """Train one method, and show it beside raw pixels and what end-to-end training costs."""
     dataset = data.load(config.data, config.cache, config.images)
     with run_folder(config, dataset) as (out, state):
-        if (out / "summary.json").exists():
-            try:
-                saved = table(json.loads((out / "summary.json").read_text()))
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                raise InputError(f"{out / 'summary.json'} is damaged: delete it, and the same "
-                                 "command makes it anew") from None
-            print(f"{out} is finished:\n{saved}")
+        summary = out / "summary.json"
+        if summary.exists():
+            with in_a_sentence(f"{summary} is damaged", "delete it, and run the same command"):
+                print(f"{out} is finished:\n{table(json.loads(summary.read_text()))}")
             return
         encoder, history = train(config, dataset, out, state)
-        if rank():
-            return
         mine = result(config, dataset, encoder, history)
-        rows = {"raw pixels": judge(None, config, dataset), label(config): mine}
+        rows = {"raw pixels": evaluate(None, dataset, recipe(config)), label(config): mine}
         if config.method != "e2e":
             rows["end-to-end"] = whole = price_of(replace(config, method="e2e"), dataset)
             rows["ratio"] = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
-        print(f"\nAccuracy on {len(dataset.test_images):,} test images, and what a client paid\n"
-              f"{table(rows)}\nCosts are one client's over all rounds; GMAC for one image, all "
-              "epochs; down counts a client that keeps\nwhat it received, stateless one that keeps "
-              "nothing; moved: each test image under one random view.")
-        write(out / "summary.json", rows)
-        print(f"Everything is in {out}: summary.json is this table, encoder.pt the encoder, "
-              "history.json the rounds")
+        write(summary, rows)
+        print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images, moved: under one random "
+              "view each. Costs are one client's over all rounds;\nGMAC for one image; down, if it "
+              f"keeps what it received, stateless, if it keeps nothing. Files are in {out}:\n"
+              "summary.json (this table), encoder.pt, history.json (the rounds)")
 
 class Parser(argparse.ArgumentParser):
     """A flag for every field of Config, in groups; wrong ones raise InputError."""
-
     def __init__(self, description, **more):
         super().__init__(description=description, argument_default=argparse.SUPPRESS, **more)
         for f in fields(Config):
@@ -914,18 +772,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
-def join_processes(config):
-    """Under torchrun, join the other processes; the first one alone prints and writes."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    device = pick_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(days=7))  # while the first evaluates, others wait
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-
 def command(body):
     """Run a command: wrong input is one sentence and exit status 2, what fails is status 1."""
     try:
@@ -933,16 +779,11 @@ def command(body):
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"{error}: try another --out and a smaller --lr")
-    except OSError as error:
-        sys.exit(f"{error}: what was saved before is whole, the same command goes on")
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"{error}; what was saved before is whole, the same command goes on")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 def main(arguments=None):
     given = vars(Parser(__doc__.split("\n\n")[0]).parse_args(arguments))
@@ -952,7 +793,6 @@ def main(arguments=None):
         if name in given:
             raise InputError(f"--{name.replace('_', '-')} changes nothing with --method "
                              f"{config.method} and --depth {config.depth}: leave it out")
-    join_processes(config)
     run(config)
 
 if __name__ == "__main__":

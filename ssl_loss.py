@@ -1,8 +1,7 @@
 """Self-supervision: the loss, the head, the local step, the memory meter, what judges features.
 
-NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is the local step of
-every method; with micro-batches it caches gradients (GradCache, Gao et al. 2021): the same loss
-and gradients in almost constant memory.
+NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is every method's local
+step; with micro-batches it caches gradients (GradCache, Gao et al. 2021) to save memory.
 """
 import contextlib
 import weakref
@@ -41,7 +40,6 @@ class ProjectionHead(nn.Sequential):
 
     Batch norm always uses the batch at hand: the head is thrown away after pre-training, so there
     are no running statistics to send or to average."""
-
     def __init__(self, dim, hidden, out):
         super().__init__(
             nn.Linear(dim, hidden, bias=False),
@@ -51,11 +49,10 @@ class ProjectionHead(nn.Sequential):
             nn.Linear(hidden, out, bias=False))
 
 def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
-    """Forward and backward of one local step; gradients land in what trains.
+    """Forward and backward of one local step on views [2B, C, H, W]; returns the loss, detached.
 
-    frozen: views [2B, C, H, W] -> what enters the active blocks, without a graph; active: that ->
-    features [2B, dim]; head: features -> z [2B, D]; criterion: z -> loss. micro_batch = M > 0
-    keeps the graph of M images at a time. Returns the loss, detached."""
+    frozen, active, head: from in_three(); criterion: z [2B, D] -> loss. micro_batch = M > 0 keeps
+    the graph of M images at a time. Gradients land in what trains."""
     if not micro_batch:
         loss = criterion(head(active(frozen(views))))
         loss.backward()
@@ -71,15 +68,31 @@ def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
         active(chunk).backward(gradient)                                # 4. each with its graph
     return loss.detach()
 
+def in_three(config, learner, stage):
+    """The learner as three functions: what lies below the first active block, without a graph,
+    images -> tokens (or images as they are where the embedding trains); the rest, these ->
+    features [B, D]; the head."""
+    encoder, first = learner.encoder, min(stage.active)
+    device = next(learner.parameters()).device
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
+
+    @amp
+    @torch.no_grad()
+    def below(images):
+        return encoder.lower(images, first) if first else images
+
+    @amp
+    def rest(x):
+        return encoder.upper(x, first) if first else encoder(x)
+
+    return below, rest, amp(learner.head.forward)
+
 # --------------------------------------------------------------------------------------- memory
-
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation returns, until it is freed.
+    """Counts the bytes of every storage that an operation returns, until it is freed: parameters,
+    gradients, optimizer state, activations and temporaries, the same on every machine.
 
-    Parameters, gradients, optimizer state, activations and temporaries, exact and the same on
-    every machine: `with MemoryMeter() as meter: ...`, then `meter.peak`; `meter.live_bytes` is
-    the whole story, one number at the start and after every allocation and release."""
-
+    live_bytes: one number at the start and after every allocation and release."""
     def __init__(self):
         super().__init__()
         self.live_bytes = [0]
@@ -121,11 +134,9 @@ def storages(tree):
     return found
 
 # --------------------------------------------------------------------------- what judges features
-
 def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
-    """Accuracy in % of k nearest neighbours by cosine, votes weighted exp(similarity / t).
-
-    train: [N, D], test: [M, D], labels: int64. After Wu et al. 2018."""
+    """Accuracy in % of k nearest neighbours by cosine, votes weighted exp(similarity / t), after Wu
+    et al. 2018. train: [N, D], test: [M, D], labels: int64."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(k, len(train))
     correct = 0
@@ -137,10 +148,9 @@ def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
     return 100 * correct / len(test)
 
 def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
-    """Accuracies in % of one logistic regression on frozen, standardised features.
-
-    train: [N, D]; tests: pairs (features [M, D], labels [M]); one accuracy is returned for each.
-    The L2 penalty is chosen on a fifth of the *training* features, then all of them are used."""
+    """Accuracies in % of one logistic regression on frozen, standardised features, one for each of
+    tests: pairs (features [M, D], labels [M]). train: [N, D]. The L2 penalty is chosen on a fifth
+    of the *training* features, then all of them are used."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train = (train - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -195,13 +205,14 @@ def features(encoder, images, batch=500):
     device = next(encoder.parameters()).device
     return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
 
-def evaluate(encode, dataset, recipe):
-    """Accuracies in % of a function uint8 images -> features; test labels choose nothing.
+def evaluate(encoder, dataset, recipe):
+    """Accuracies in % of an encoder, or of raw pixels where it is None; test labels choose nothing.
 
     knn and linear_probe on the test images; the same on test images under one random view each
     (moved_knn, moved_probe); a linear probe with ten labels a class (ten_labels)."""
-    train, test = encode(dataset.train_images), encode(dataset.test_images)
-    moved = encode(data.moved(dataset.test_images, recipe))
+    moved = data.moved(dataset.test_images, recipe)
+    train, test, moved = [features(encoder, images) if encoder else images.flatten(1) / 255
+                          for images in (dataset.train_images, dataset.test_images, moved)]
     labels, answers = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
     probe, moved_probe = linear_probe(train, labels, (test, answers), (moved, answers))
     return {"knn": knn(train, labels, test, answers), "linear_probe": probe,

@@ -81,8 +81,8 @@ def memory_table(config, cases):
             rows[f"{name}, batch {batch}"] = {
                 "plain": peaks[0], "micro": peaks[1], "ratio": f"{whole / peaks[0]:.1f}x",
                 "micro_ratio": f"{whole / peaks[1]:.1f}x"}
-    columns = {"plain": ("peak MiB", 1, ".0f"), "ratio": ("less", 1, ""),
-               "micro": ("micro-batch 16", 1, ".0f"), "micro_ratio": ("less", 1, "")}
+    columns = {"plain": ("peak MiB", 1, 0), "ratio": ("less", 1, 0),
+               "micro": ("micro-batch 16", 1, 0), "micro_ratio": ("less", 1, 0)}
     return fllw.table(rows, columns)
 
 def main():
@@ -102,9 +102,9 @@ def main():
             "step": step, "images": one.batch_size / step, "bare": step / bare,
             "tflops": 2e-12 * mac * one.batch_size / step, "share": step / seconds[0, 0],
             "predicted": mac / work[0]}
-    columns = {"step": ("s/step", 1, ".4f"), "images": ("images/s", 1, ".0f"),
-               "tflops": ("TFLOP/s", 1, ".2f"), "bare": ("step/bare", 1, ".2f"),
-               "share": ("of end-to-end", 1, ".2f"), "predicted": ("predicted", 1, ".2f")}
+    columns = {"step": ("s/step", 1, 4), "images": ("images/s", 1, 0),
+               "tflops": ("TFLOP/s", 1, 2), "bare": ("step/bare", 1, 2),
+               "share": ("of end-to-end", 1, 2), "predicted": ("predicted", 1, 2)}
     where = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)

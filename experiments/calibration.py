@@ -14,6 +14,7 @@ import numpy as np
 import data
 import fllw
 from fllw import Config, InputError, Stage
+from ssl_loss import evaluate
 
 SERVER = 2**32 - 1  # the server's number among the clients, where it trains
 
@@ -68,7 +69,7 @@ def main():
 
     with fllw.run_folder(config, clients, experiment) as (folder, state):
         encoder, history = fllw.train(config, clients, folder, state, on_round)
-        row = fllw.judge(encoder, config, dataset) | {
+        row = evaluate(encoder, dataset, fllw.recipe(config)) | {
             "macs": sum(row["macs"] for row in history),
             "upload_bytes": sum(row["upload_bytes"] for row in history),
             "download_bytes": sum(row["download_bytes"] for row in history)}

@@ -2,10 +2,9 @@
 
     python -m experiments.compare --rows raw one-block fll fdd lasting two-blocks --seeds 0 1 2
 
-Each row and seed has a run folder in --out: the same command goes on where it stopped, reads back
-what is finished, and prints one table. The control of a layer-wise method is the end-to-end model
-that fits into its memory: one block for FLL, two blocks for a lasting top block (in supervised
-federated learning it is called AllSmall: ProFL, Wu et al. 2024, arXiv 2404.13349).
+Each row and seed has a run folder in --out: the same command goes on where it stopped. The control
+of a layer-wise method is the end-to-end model that fits into its memory: one block for FLL, two
+for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349).
 """
 import copy
 import json
@@ -21,9 +20,12 @@ from torch import nn
 import data
 import fllw
 from fllw import COLUMNS, Config, InputError, table
-from ssl_loss import first_of_each_class
+from ssl_loss import evaluate, first_of_each_class
 
 RESULTS = Path(__file__).parent / "results"
+MILD = {  # views that keep their class, for fine-tuning
+    "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
+    "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
 BASELINES = {"raw": "raw pixels", "random": "random encoder", "scratch": "from scratch"}
 COMPUTE, BYTES = ("macs",), ("download_bytes", "upload_bytes")
 MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
@@ -45,7 +47,8 @@ def variants(config):
         "pairs": replace(fll, blocks_per_stage=2),
         "pairs-epochs": replace(fdd, blocks_per_stage=2, local_epochs=2 * epochs),
         "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
-        "progressive": replace(fll, method="progressive"), "e2e": e2e,
+        "progressive": replace(fll, method="progressive"),
+        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16),
         "centralized": replace(e2e, clients=1, clients_per_round=0)}
     return {key: one for key, one in rows.items() if possible(one)}
 
@@ -75,6 +78,8 @@ def name_of(key, one, config):
         name = f"{'one block' if one.depth == 1 else 'two blocks'} end to end"
     if one.local_epochs != config.local_epochs:
         name += f", {one.local_epochs} local epochs"
+    if one.micro_batch != config.micro_batch:
+        name += f", micro-batches of {one.micro_batch}"
     if key in MATCHED:
         what = "compute" if MATCHED[key][2] == COMPUTE else "bytes"
         name += f", {one.rounds} rounds: {what} of {MATCHED[key][1]}"
@@ -82,11 +87,9 @@ def name_of(key, one, config):
 
 def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
              weight_decay=1e-5, labels_per_class=0, amp=False):
-    """Test accuracy in % after supervised training of a copy of `encoder` and a classifier.
-
-    The protocol of Tun et al. 2024: AdamW, linear warm-up, then one cosine to 0. dataset: a
-    data.Dataset; recipe: a light data.Recipe; generator: all randomness, on the encoder's device;
-    labels_per_class: labelled training images of each class, drawn at random; 0 means all."""
+    """Test accuracy in % after supervised training of a copy of `encoder` and a classifier, as in
+    Tun et al. 2024: AdamW, linear warm-up, one cosine. recipe: a mild data.Recipe; generator: all
+    randomness, on the encoder's device; labels_per_class: training images, 0 means all."""
     device = generator.device
     order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
     if labels_per_class:
@@ -120,13 +123,6 @@ def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_si
             correct += (guesses == answers.to(device)).sum().item()
     return 100 * correct / len(dataset.test_labels)
 
-def finetuned(encoder, config, dataset, epochs, labels):
-    """The column of fine-tuning."""
-    draws = fllw.generator(config, fllw.pick_device(config), 100)
-    light = data.LIGHT[fllw.recipe(config)]
-    return {"finetuned": finetune(encoder, dataset, light, draws, epochs, labels_per_class=labels,
-                                  amp=config.amp)}
-
 def measure(key, one, dataset, out, epochs, labels):
     """Train and judge one row with one seed, or read it back: its columns."""
     experiment = f"compare {key}"
@@ -138,15 +134,20 @@ def measure(key, one, dataset, out, epochs, labels):
         if (folder / "summary.json").exists():
             return json.loads((folder / "summary.json").read_text())
         if key in BASELINES:
-            encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
-            encoder = encoder.to(fllw.pick_device(one))
-            row = {} if key == "scratch" else fllw.judge(None if key == "raw" else encoder, one,
-                                                         dataset)
+            encoder, row = None, {}
+            if key != "raw":
+                encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
+                encoder.to(fllw.pick_device(one))
+            if key != "scratch":
+                row = evaluate(encoder, dataset, fllw.recipe(one))
         else:
             encoder, history = fllw.train(one, dataset, folder, state)
             row = fllw.result(one, dataset, encoder, history)
         if tuned:
-            row |= finetuned(encoder, one, dataset, epochs, labels)
+            draws = fllw.generator(one, fllw.pick_device(one), 100)
+            mild = MILD["digits" if fllw.recipe(one) == "digits" else "natural"]
+            row["finetuned"] = finetune(encoder, dataset, mild, draws, epochs,
+                                        labels_per_class=labels, amp=one.amp)
         fllw.write(folder / "summary.json", row)
     return row
 

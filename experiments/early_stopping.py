@@ -5,7 +5,7 @@ Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules
 index, which needs them. Here each client holds back a tenth of its images and reports, instead of
 its training loss, the NT-Xent of the model it receives on them. A stage starts with twice --lr; a
 round that does not lower the clients' mean halves the rate (a line search, a trial a round); after
-a few such rounds in a row it is over. ViT or CNN. Exact resume and torchrun hold as in fllw.py.
+a few such rounds in a row it is over. ViT or CNN. Exact resume holds as in fllw.py.
 """
 import json
 import sys
@@ -32,6 +32,23 @@ class Settings(fllw.Config):
     tolerance: float = 0.03
     tuned: bool = True  # or the rate is --lr throughout
 
+    def learner(self, image_shape):
+        learner = super().learner(image_shape)
+        if self.encoder == "cnn":
+            learner.encoder = CNN(self, image_shape)
+        return learner
+
+    def macs(self, stage, kept, image_shape):
+        if self.encoder == "vit":
+            return super().macs(stage, kept, image_shape)
+        height, width = image_shape[1:]
+        total = 3 * self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
+        for name, tensor in fllw.initial(self, image_shape, "meta").items():
+            if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
+        return 2 * total  # as fllw.macs counts
+
 @dataclass(frozen=True)
 class Stage(fllw.Stage):
     rate: float
@@ -55,23 +72,6 @@ class CNN(nn.Module):  # blocks of conv 3x3, norm, ReLU halve the image and doub
 
     def forward(self, images):
         return self.upper(images, 0)
-
-class Learner(fllw.Learner):
-    def __init__(self, config, shape):
-        super().__init__(config, shape)
-        if config.encoder == "cnn":
-            self.encoder = CNN(config, shape)
-
-def macs(config, stage, kept, shape, plain=fllw.macs):
-    if config.encoder == "vit":
-        return plain(config, stage, kept, shape)
-    height, width = shape[1:]
-    total = 3 * config.head_hidden * (config.dim + config.head_hidden + config.head_dim)
-    for name, tensor in fllw.initial(config, shape, "meta").items():
-        if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
-            height, width = (height + 1) // 2, (width + 1) // 2
-            total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
-    return 2 * total  # as fllw.macs counts
 
 def follow(losses, patience, tolerance):
     """(how often the losses did not fall, after how many they had not `patience` times running)."""
@@ -129,8 +129,6 @@ def main(arguments=None):
         raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
     seeds, encoders, out = given.pop("seeds"), given.pop("encoders"), given.pop("out", "runs/early")
     config, rows = Settings(**{"images": 1000, "rounds": 60, "depth_dropout": 0.0, **given}), {}
-    fllw.join_processes(config)
-    fllw.Learner, fllw.macs = Learner, macs  # the method finds both by these names
     dataset = data.load(config.data, config.cache, config.images)
     for encoder in encoders:
         for name, change in CASES.items():
@@ -143,7 +141,7 @@ def main(arguments=None):
                 folder = f"{out}/{encoder}-{name.replace(' ', '-')}-{seed}"
                 done.append(run(replace(one, seed=seed, out=folder), dataset))
             rows[f"{encoder} {name}"] = {key: [row[key] for row in done] for key in done[0]}
-    print(table(rows, {"rounds": ("rounds", 1, ".1f"), **fllw.COLUMNS}))
+    print(table(rows, {"rounds": ("rounds", 1, 1), **fllw.COLUMNS}))
     save("early_stopping", "python -m experiments.early_stopping " + " ".join(sys.argv[1:]), rows)
 
 if __name__ == "__main__":

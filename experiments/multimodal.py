@@ -4,7 +4,7 @@ Tun et al. 2024, "Resource-Efficient Federated Multimodal Learning via Layer-wis
 Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021, 2103.00020). What differs: the
 sensors are the halves of a grey image, or luma and chroma of a colour image (Tian et al. 2020,
 1906.05849); of four clients the third lacks the second sensor and the fourth the first: without
-pairs they train what they have with NT-Xent. Costs: a client with both. Resume and torchrun hold.
+pairs they train what they have with NT-Xent. Costs: a client with both. Resume is exact.
 """
 import functools
 import json
@@ -18,11 +18,16 @@ from torch import nn
 import data
 import fllw
 from experiments.compare import save, table
-from ssl_loss import ProjectionHead, contrastive_step
+from ssl_loss import ProjectionHead, contrastive_step, features
 
 @dataclass(frozen=True)
 class Settings(fllw.Config):
     sensors: str = "first second"  # whose encoders a learner has
+    def learner(self, image_shape):
+        return Learner(self, image_shape)
+
+    def macs(self, stage, kept, image_shape):  # of two encoders with one view each
+        return super().macs(stage, kept, (image_shape[0] / 2, *image_shape[1:]))
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
 def split(images):
@@ -45,7 +50,7 @@ class Encoder(nn.Module):  # a ViT for each sensor; features lie side by side, [
         self.channels, self.vits = {"first": 1, "second": shape[0] - 1}, nn.ModuleDict()
         for sensor in config.sensors.split():
             self.vits[sensor] = fllw.ViT(shape[1:], config.patch_size, self.channels[sensor],
-                                         config.dim, config.depth, config.heads, config.pool)
+                                         config.dim, config.depth, config.heads)
         towers = [vit.blocks for vit in self.vits.values()]
         self.blocks = nn.ModuleList(Pair(zip(self.vits, blocks)) for blocks in zip(*towers))
         for vit in self.vits.values():
@@ -97,14 +102,11 @@ def two_sensor_train(config, stage, message, images, number, client, progress=0.
                                       number, client, progress, step)
     return {n: upload.get(n, t) for n, t in message.items() if stage.trains(n)}, losses
 
-def macs(config, stage, kept, shape, plain=fllw.macs):  # of two encoders with one view each
-    return plain(config, stage, kept, (shape[0] / 2, *shape[1:]))
-
 @torch.no_grad()
 def retrieval(config, server, dataset):
     """How often the first sensor's own image is among the k nearest to the second's, in %."""
     learner = fllw.assemble(config, server, dataset.shape)
-    z = learner.head(fllw.features(learner.encoder, dataset.test_images))  # one batch for its norm
+    z = learner.head(features(learner.encoder, dataset.test_images))  # one batch for its norm
     first, second = F.normalize(z, dim=1).chunk(2)
     similarity = second @ first.T
     nearer = (similarity > similarity.diagonal()[:, None]).sum(1)
@@ -130,8 +132,6 @@ def main(arguments=None):
     seeds, rows, out = given.pop("seeds"), {}, given.pop("out", "runs/multimodal")
     config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, "clients": 4,
                          "augment": "digits", **given})
-    fllw.join_processes(config)
-    fllw.Learner, fllw.macs = Learner, macs  # the method finds both by these names
     whole = data.load(config.data, config.cache, config.images)
     dataset = whole._replace(train_images=split(whole.train_images),
                              test_images=split(whole.test_images))
@@ -142,7 +142,7 @@ def main(arguments=None):
         done = [run(replace(one, seed=seed, out=f"{out}/{name}-seed{seed}"), dataset)
                 for seed in seeds]
         rows[name] = {column: [row[column] for row in done] for column in done[0]}
-    columns = {"top1": ("top-1 %", 1, ".1f"), "top5": ("top-5 %", 1, ".1f"), **fllw.COLUMNS}
+    columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **fllw.COLUMNS}
     print(table(rows, columns))
     save("multimodal", "python -m experiments.multimodal " + " ".join(sys.argv[1:]), rows)
 

@@ -5,7 +5,7 @@ al. 2021, 2104.02057) and BYOL (Grill et al. 2020, 2006.07733); VICReg (Bardes e
 2105.04906) needs no negatives, predictor or momentum encoder. That encoder copies the active part
 alone; the frozen part is shared and runs once. What differs from the papers: it starts each round
 from what the client received, its momentum is constant, and head, batch norm and learning rate are
-those of fllw.py throughout. Exact resume and torchrun hold as in fllw.py.
+those of fllw.py throughout. Exact resume holds as in fllw.py.
 """
 import functools
 import json
@@ -28,14 +28,22 @@ MOMENTUM = 0.99  # where MoCo v3 starts; BYOL starts from 0.996, over far more s
 class Settings(fllw.Config):
     objective: str = "nt_xent"
 
-class Learner(fllw.Learner):  # with a momentum encoder its head ends in a predictor
-    def __init__(self, config, shape):
-        super().__init__(config, shape)
-        if config.objective in LOSSES:
-            self.head.predictor = nn.Sequential(
-                nn.Linear(config.head_dim, config.head_hidden, bias=False),
-                nn.BatchNorm1d(config.head_hidden, track_running_stats=False), nn.ReLU(),
-                nn.Linear(config.head_hidden, config.head_dim, bias=False))
+    def learner(self, image_shape):  # with a momentum encoder its head ends in a predictor
+        learner = super().learner(image_shape)
+        if self.objective in LOSSES:
+            learner.head.predictor = nn.Sequential(
+                nn.Linear(self.head_dim, self.head_hidden, bias=False),
+                nn.BatchNorm1d(self.head_hidden, track_running_stats=False), nn.ReLU(),
+                nn.Linear(self.head_hidden, self.head_dim, bias=False))
+        return learner
+
+    def macs(self, stage, kept, image_shape):
+        """Also the predictor, 3x, and the target's forward pass: what micro-batches add."""
+        if self.objective not in LOSSES:
+            return super().macs(stage, kept, image_shape)
+        head = self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
+        more = head + 3 * 2 * self.head_hidden * self.head_dim
+        return fllw.macs(replace(self, micro_batch=1), stage, kept, image_shape) + 2 * more
 
 def byol(predictions, targets, temperature):
     """2 - 2 cos(prediction, target of the other view), mean over the 2B views. Both [2B, D]."""
@@ -102,14 +110,6 @@ LOSSES = {"byol": byol, "moco_v3": moco_v3}  # those with a momentum encoder and
 CLIENTS = {"nt_xent": fllw.local_train, "moco_v3": momentum_train, "byol": momentum_train,
            "vicreg": functools.partial(fllw.local_train, step=vicreg_step)}
 
-def macs(config, stage, kept, shape, plain=fllw.macs):
-    """fllw.macs, and the predictor, 3x, and the target's forward pass: what micro-batches add."""
-    if config.objective not in LOSSES:
-        return plain(config, stage, kept, shape)
-    head = config.head_hidden * (config.dim + config.head_hidden + config.head_dim)
-    more = head + 3 * 2 * config.head_hidden * config.head_dim
-    return plain(replace(config, micro_batch=1), stage, kept, shape) + 2 * more
-
 def run(config, dataset):
     client = CLIENTS[config.objective]
     with fllw.run_folder(config, dataset, "objectives") as (folder, state):
@@ -129,8 +129,6 @@ def main(arguments=None):
         raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
     seeds, rows, out = given.pop("seeds"), {}, given.pop("out", "runs/objectives")
     config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, **given})
-    fllw.join_processes(config)
-    fllw.Learner, fllw.macs = Learner, macs  # the method finds both by these names
     dataset = data.load(config.data, config.cache, config.images)
     for objective in CLIENTS:
         for method, depth in (("e2e", config.depth), ("e2e", 1), ("fll", config.depth)):

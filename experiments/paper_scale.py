@@ -139,7 +139,7 @@ def main():
     for log in side_by_side(commands, at_once):
         raise OSError(f"a row failed, see {log}")
     rows = report(config, out)
-    columns = fllw.COLUMNS | {"tflops": ("TFLOP/s", 1, ".2f"), "fit": ("clients fit", 1, ".0f")}
+    columns = fllw.COLUMNS | {"tflops": ("TFLOP/s", 1, 2), "fit": ("clients fit", 1, 0)}
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     print(f"{config.rounds} rounds on {where}, {time.perf_counter() - began:.0f} s of this call\n"
           f"{fllw.table(rows, columns)}")
