@@ -683,11 +683,11 @@ def cell(value, unit, digits):
     if isinstance(value, str):
         return value
     numbers = np.atleast_1d(value) / unit
-    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) else ""
     return f"{np.mean(numbers):.{digits}f}{spread}"
 
 def table(rows, columns=COLUMNS):
-    """Rows {name: {column: number, text, or numbers over seeds, shown as mean ± deviation}}."""
+    """Rows {name: {column: number, text, or numbers over seeds, for mean ± deviation}}."""
     used = [c for c in columns if any(c in row for row in rows.values())]
     lines = [["", *(columns[c][0] for c in used)]]
     for name, row in rows.items():
