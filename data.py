@@ -266,7 +266,7 @@ def view(images, recipe, generator):
     def uniform(low, high, count=1):
         nonlocal used
         used += count
-        return low + (high - low) * numbers[used - count:used].squeeze(0)  # [B], or [count, B]
+        return low + (high - low) * numbers[used - count:used].view(count, len(x)).squeeze(0)
 
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:

@@ -7,7 +7,7 @@ and the local step (forward and backward), data.py the images and their views.
 
 A run has stages, a stage has rounds. In a stage some blocks are present; of these some are active
 (they train), the others frozen, and depth dropout lets a client drop frozen ones. Rounds and
-stages count from 1, blocks and clients from 0.
+stages count from 1, blocks and clients from 0. Arguments client= and plan= are functions.
 """
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ from ssl_loss import (MemoryMeter, ProjectionHead, allocator_peak, contrastive_s
                       in_three, nt_xent)
 
 # ----------------------------------------------------------------------------------- settings
-def knob(default, help, **limits):  # low <= value <= high, or choices
+def knob(default, help, **limits):  # low, high or choices; group: starts one
     return field(default=default, metadata={"help": help, **limits})
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Config:
     alpha: float = knob(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
-    client_failure: float = knob(0.0, "chance of no answer in a round", low=0, high=0.99)
+    client_failure: float = knob(0.0, "chance that a client does not answer", low=0, high=0.99)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
     micro_batch: int = knob(0, "images whose graph is held at a time (exact); 0: all", low=0)
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
@@ -74,16 +74,16 @@ class Config:
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
 
     def learner(self, image_shape):
-        """What a client trains. Settings with another model override this and macs()."""
+        """What a client trains; a subclass for another model overrides this and macs()."""
         return Learner(self, image_shape)
 
     def macs(self, stage, kept, image_shape):
         return macs(self, stage, kept, image_shape)
 
-INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # what a draw is for
+INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # what a draw is for; 0 is data.partition
 
 def rng(config, *key):
-    """A numpy generator for (seed, *key) alone; key is for instance (purpose, round, client)."""
+    """A numpy generator for (seed, *key) alone; key: for instance (purpose, round, client)."""
     return np.random.default_rng([config.seed, *key])
 
 def generator(config, device, *key):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-class Block(nn.Module):  # pre-norm; without its two halves it is the identity
+class Block(nn.Module):  # pre-norm; where both halves give 0 it is the identity
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -162,7 +162,7 @@ class ViT(nn.Module):
         """Blocks from `start` on, final norm, pooling: tokens [B, T, D] -> features [B, D]."""
         for block in self.blocks[start:]:
             x = block(x)
-        return self.norm(x)[:, 1:].mean(1)  # of the patches, without the class token
+        return self.norm(x)[:, 1:].mean(1)  # of patches; the class token serves attention only
 
     def forward(self, images):
         return self.upper(self.lower(images, 0), 0)
@@ -183,7 +183,7 @@ def initial(config, shape, device="cpu"):
         return config.learner(shape).state_dict()
 
 def block_of(name):
-    """The number of the block that a tensor of this name belongs to, or None."""
+    """The block that a tensor of this name belongs to; None: embedding, final norm, head."""
     parts = name.split(".")
     return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
 
@@ -193,7 +193,7 @@ def assemble(config, tensors, shape):
         learner = config.learner(shape)
     for b in set(range(config.depth)) - {block_of(name) for name in tensors}:
         learner.encoder.blocks[b] = nn.Identity()
-    own = {name: t.clone() for name, t in tensors.items()}  # what trains is not the server's
+    own = {name: t.clone() for name, t in tensors.items()}  # training must not change the server's
     learner.load_state_dict(own, assign=True)
     return learner
 
@@ -215,7 +215,7 @@ class Stage:
         return tuple(b for b in self.present if b not in self.active)
 
     def trains(self, name):
-        """Whether the tensor of this name in a learner's state dict trains."""
+        """Whether a learner's tensor of this name trains; the embedding does with block 0."""
         if block_of(name) is not None:
             return block_of(name) in self.active
         embeds = any(part in name for part in ("patch_embed", "pos_embed", "cls_token"))
@@ -224,7 +224,7 @@ class Stage:
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
 
-    history: the rows of the rounds done, for other plans, that look at losses."""
+    history: the rows of the rounds done, unused here; other plans may look at their losses."""
     L, k = config.depth, config.blocks_per_stage
     every, tops = tuple(range(L)), range(k, L + 1, k)
     choices = {  # (present, active), stage by stage
@@ -233,13 +233,15 @@ def stages(config, history=()):
         "fll": [(every[:top], every[top - k:top]) for top in tops],      # only the newest train
         "lasting": [(every[:top] + every[-1:], every[top - k:top] + every[-1:])
                     for top in range(k, L, k)]}  # and the last one, there from the first stage on
-    blocks, rounds = choices[config.method], range(config.rounds)
-    shares, later = np.array_split(rounds, len(blocks)), len(blocks) - 1
-    if later and config.first_share:
-        first = min(max(1, round(config.first_share * config.rounds)), config.rounds - later)
-        shares = [rounds[:first], *np.array_split(rounds[first:], later)]
-    return [Stage(number, present, active, len(share))
-            for number, ((present, active), share) in enumerate(zip(blocks, shares), 1)]
+    plan, blocks, rounds_left = [], choices[config.method], config.rounds
+    for number, (present, active) in enumerate(blocks, 1):
+        later = len(blocks) - number  # stages, each with a round at least
+        rounds = math.ceil(rounds_left / (later + 1))
+        if number == 1 and later and config.first_share:
+            rounds = min(max(1, round(config.first_share * rounds_left)), rounds_left - later)
+        plan.append(Stage(number, present, active, rounds))
+        rounds_left -= rounds
+    return plan
 
 def stage_of(plan, rounds_done):
     """The stage of the next round and how many of its rounds are done; (None, 0) at the end."""
@@ -274,7 +276,7 @@ class State:
     """All there is between two rounds."""
     shape: tuple   # (channels, height, width) of an image
     server: dict   # name -> tensor: the encoder so far, and the head
-    version: dict  # name -> which tensor that is: a copy has the version of its original
+    version: dict  # name -> id of its content, shared by copies: equal ids travel once
     history: list = field(default_factory=list)  # one dict a round, see new_row()
     held: dict = field(default_factory=dict)     # client -> list of versions that it has received
     changes: int = 0                             # how often update() was called
@@ -301,7 +303,7 @@ def grow(config, state, stage):
             source, origin = initial(config, state.shape), b
         for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
             new = name.replace(f"blocks.{origin}.", f"blocks.{b}.")
-            version = state.version.get(name, new)
+            version = state.version.get(name, new)  # a fresh block's content is new
             if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
                 tensor, version = torch.zeros_like(tensor), ZERO
             state.server[new], state.version[new] = tensor.to(device), version
@@ -322,13 +324,13 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
 
     message: from broadcast(); images: the client's, uint8 [n, C, H, W], on the device; progress:
     the share of the stage's rounds that is done. AdamW starts anew each round: its moments belong
-    to weights that averaging has replaced, and a client that is sampled rarely has none."""
+    to weights that averaging has replaced, and stale on a client that is sampled rarely."""
     learner = receive(config, message, images.shape[1:], stage)
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
                                   fused=True)
     below, rest, head = in_three(config, learner, stage)
-    views_of = data.RECIPES[recipe(config)]
+    changes = data.RECIPES[recipe(config)]
     draws = generator(config, images.device, TRAINING, number, client)
 
     def criterion(z):  # [2B, head_dim]
@@ -344,7 +346,7 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
             cosine = (1 + math.cos(math.pi * (progress + in_round / stage.rounds))) / 2
             optimizer.param_groups[0]["lr"] = config.lr * cosine
             optimizer.zero_grad()
-            loss = step(below, rest, head, data.two_views(images[chosen], views_of, draws),
+            loss = step(below, rest, head, data.two_views(images[chosen], changes, draws),
                         criterion, config.micro_batch)  # forward and backward
             losses.append(loss)
             optimizer.step()
@@ -354,7 +356,7 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
 REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
 
 def download_bytes(state, kept):
-    """Bytes sent down in a round, means over clients: (keeping what they have, stateless).
+    """Bytes down in a round, means over clients: (if they keep what they have, if nothing).
 
     Equal tensors travel once: a block that starts as a copy is what the client has, or gets
     anyway, by another name. Notes in state.held what each client has now."""
@@ -394,12 +396,12 @@ def step_memory(config, stage, server, kept, image_shape, images=0, client=local
     """Peak bytes of a client's local step; server: tensors, of which only shapes matter.
 
     images: how many the client has; 0 means enough for whole batches."""
-    first = min(stage.active)
+    first = min(stage.active)  # from here on: what needs the same memory gets one cache entry
     below = [b for b in stage.frozen if b < first]  # these are alike: only how many matters
     kept = (*below[:len([b for b in kept if b < first])], *(b for b in kept if b >= first))
     form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
     config = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
-    stage = replace(stage, number=1, rounds=1)  # what does not matter is the same in the cache
+    stage = replace(stage, number=1, rounds=1)
     return metered_step(config, stage, form, image_shape, images, client).peak
 
 @functools.lru_cache(maxsize=None)
@@ -411,7 +413,7 @@ def metered_step(config, stage, form, image_shape, images=0, client=local_train)
     config = replace(config, local_epochs=1, batch_size=batch)
     with FakeTensorMode():
         message = {name: torch.zeros(shape) for name, shape in form}
-        blank = torch.zeros(2 * batch, *image_shape, dtype=torch.uint8)
+        blank = torch.zeros(2 * batch, *image_shape, dtype=torch.uint8)  # for two steps
         with MemoryMeter() as meter:
             client(config, stage, message, blank, 1, 0)
     return meter
@@ -451,8 +453,8 @@ def cost(config, image_shape, images=0, client=local_train, plan=stages, history
 # --------------------------------------------------------------------------------- the rounds
 class Average:
     """FedAvg (McMahan et al. 2017): the mean of what clients sent, weighted by |D_n|, their images.
-    A running sum: memory does not grow with the clients. In float64: finite uploads have a finite
-    mean, and the order of the clients is not seen in float32."""
+    A running sum, so memory does not grow with the clients; in float64, so the mean of finite
+    uploads is finite."""
     def __init__(self, like):
         self.like, self.images = like, 0
         self.total = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in like.items()}
@@ -492,21 +494,20 @@ def run_round(config, state, stage, progress, kept, images, parts, client=local_
         if accepted:
             average.add(upload, len(own))
         reports[one] = Report(accepted, losses.mean().item(), peak())
+    if reports and not any(math.isfinite(report.loss) for report in reports.values()):
+        raise FloatingPointError(f"the loss of round {number} is not finite: take a smaller --lr")
     state.update(average.mean())
     return reports
 
-def new_row(number, stage, kept, price, reports, seconds):
+def new_row(number, stage, kept, price, reports, peak, seconds):
     """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
 
     round, stage (from 1); present_blocks, active_blocks of the stage; clients that were sampled,
-    kept_blocks of each; lost, rejected: clients that did not answer, whose upload was not sound;
+    kept_blocks of each; lost: clients without an answer; rejected: whose upload was not sound;
     loss of the uploads accepted, None without any; download_bytes of a client that keeps what it
-    received, stateless_download_bytes of one that keeps nothing; upload_bytes: its tensors, mean
-    loss and number of images; macs: multiply-accumulates for one image, all local epochs;
-    peak_memory_bytes of the client that needs most; seconds."""
+    received, stateless_download_bytes of one that keeps nothing; upload_bytes with REPORT_BYTES;
+    macs for one image, all local epochs; peak_memory_bytes of who needs most; seconds."""
     losses = [report.loss for report in reports.values() if report.accepted]
-    if reports and not any(math.isfinite(report.loss) for report in reports.values()):
-        raise FloatingPointError(f"the loss of round {number} is not finite: try a smaller --lr")
     return {
         "round": number, "stage": stage.number, "present_blocks": list(stage.present),
         "active_blocks": list(stage.active), "clients": list(kept),
@@ -515,20 +516,17 @@ def new_row(number, stage, kept, price, reports, seconds):
         "rejected": [one for one, report in reports.items() if not report.accepted],
         "loss": sum(losses) / len(losses) if losses else None,
         **price, "upload_bytes": price["upload_bytes"] * len(reports) / len(kept),
-        "peak_memory_bytes": max((report.peak for report in reports.values()), default=0),
-        "seconds": seconds}
+        "peak_memory_bytes": peak, "seconds": seconds}
 
 def federate(config, dataset, state=None, on_round=None, client=local_train, plan=stages):
-    """Train by federated rounds, and return (encoder, history of rows as in new_row()).
-
-    config: one that passed check(); state: to go on from, of on_round or a checkpoint;
-    on_round(row, state): called after every round, may change the server by state.update();
-    client: what a client does, as local_train; plan(config, history): the stages."""
+    """Train by federated rounds; returns (encoder, history of rows as in new_row()). config passed
+    check(); state: to go on from, of on_round or a checkpoint; on_round(row, state): after every
+    round, may change the server by state.update(); client: like local_train; plan: like stages."""
     images = dataset.train_images.to(pick_device(config))
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     state = state or start(config, dataset.shape, plan)
     state.server = {name: t.to(images.device) for name, t in state.server.items()}
-    warm = not images.is_cuda  # on a GPU, a first step allocates what is no client's memory
+    cold = images.is_cuda  # on a GPU, a first step allocates what is no client's memory
 
     while True:
         number = len(state.history) + 1
@@ -539,17 +537,19 @@ def federate(config, dataset, state=None, on_round=None, client=local_train, pla
             grow(config, state, stage)
         kept = {one: draw_blocks(config, stage, number, one)
                 for one in sample_clients(config, number)}
-        if not warm:
+        if cold:
             client(config, stage, state.server, images[:config.batch_size], number, 0)
-            warm = True
-        price, began = round_cost(config, state, stage, kept), time.perf_counter()
+            cold = False
+        price = round_cost(config, state, stage, kept)
+        began = time.perf_counter()
         reports = run_round(config, state, stage, done / stage.rounds, kept, images, parts, client)
-        row = new_row(number, stage, kept, price, reports, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        peaks = [report.peak for report in reports.values()]
         if not images.is_cuda:
             most = max(len(parts[one]) for one in kept)
-            row["peak_memory_bytes"] = max(
-                step_memory(config, stage, state.server, blocks, state.shape, most, client)
-                for blocks in set(kept.values()))
+            peaks = [step_memory(config, stage, state.server, blocks, state.shape, most, client)
+                     for blocks in set(kept.values())]
+        row = new_row(number, stage, kept, price, reports, max(peaks, default=0), seconds)
         state.history.append(row)
         if on_round:
             on_round(row, state)
@@ -571,14 +571,13 @@ def check(config):
             must(low <= value <= high, f.name, f"from {low:g} to {high:g}")
     grown = config.depth - (config.method == "lasting")  # block by block
     must(config.method == "e2e" or (grown > 0 and grown % config.blocks_per_stage == 0), "depth",
-         f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus a lasting top block")
+         f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus 1 if lasting")
     must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
     must(config.clients_per_round <= config.clients, "clients", "at least --clients-per-round")
     must(config.rounds >= len(stages(config)), "rounds", "at least the number of stages")
-    try:
+    there = False
+    with contextlib.suppress(RuntimeError, AssertionError):
         there = torch.empty(0, device=pick_device(config)).device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
-        there = False
     must(there, "device", f"cpu, or auto to take one of {torch.cuda.device_count()} GPUs")
 
 def without_effect(config):
@@ -621,7 +620,7 @@ def load_checkpoint(folder, config, shape):
     with in_a_sentence(f"{path} is no checkpoint of this run", "choose another --out"):
         state, fresh = State(**load_tensors(path)), initial(config, shape, "meta")
         assemble(config, state.server, shape)
-        json.dumps([list(row.items()) for row in state.history])
+        json.dumps([list(row.items()) for row in state.history])  # rows, and plain ones
         if (any(t.dtype != fresh[name].dtype for name, t in state.server.items())
                 or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
                 or (type(state.held), type(state.changes)) != (dict, int)):
@@ -634,15 +633,16 @@ def load_encoder(folder):
         saved = json.loads((Path(folder) / "config.json").read_text())
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
         tensors = load_tensors(Path(folder) / "encoder.pt")
-        named = broadcast(initial(config, saved["image_shape"]), ())  # the head, to be dropped
+        named = broadcast(initial(config, saved["image_shape"]), ())  # for the head
         named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
         return encoder_of(config, named, saved["image_shape"])
 
 def refuse_another(folder, mine):
     """Raise InputError if the folder exists and belongs to other settings or images."""
     with in_a_sentence(f"{folder} exists and is no run folder", "choose another --out"):
-        names = {p.name for p in folder.iterdir() if p.suffix != ".tmp"} if folder.exists() else {}
-        saved = json.loads((folder / "config.json").read_text()) if {*names} - {"lock"} else mine
+        files = list(folder.iterdir()) if folder.exists() else []
+        used = [p for p in files if p.name != "lock" and p.suffix != ".tmp"]
+        saved = json.loads((folder / "config.json").read_text()) if used else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
     for name in different:
         raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
@@ -665,7 +665,7 @@ def run_folder(config, dataset, experiment=""):
                            "process is at work there"):
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(data.lock(folder / "lock", wait=False))
-        refuse_another(folder, mine)
+        refuse_another(folder, mine)  # again, now that the folder is ours
         for left_behind in folder.glob("*.tmp"):
             left_behind.unlink()
         write(folder / "config.json", mine)
@@ -748,13 +748,13 @@ def run(config):
         mine = result(config, dataset, encoder, history)
         rows = {"raw pixels": evaluate(None, dataset, recipe(config)), label(config): mine}
         if config.method != "e2e":
-            rows["end-to-end"] = whole = price_of(replace(config, method="e2e"), dataset)
-            rows["ratio"] = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
+            whole = price_of(replace(config, method="e2e"), dataset)
+            ratio = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
+            rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
-        print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images, moved: under one random "
-              "view each. Costs are one client's over all rounds;\nGMAC for one image; down, if it "
-              f"keeps what it received, stateless, if it keeps nothing. Files are in {out}:\n"
-              "summary.json (this table), encoder.pt, history.json (the rounds)")
+        print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images; moved: under one random "
+              "view. Costs of a client, all rounds; GMAC of\none image; down if it keeps what it "
+              f"received, stateless if nothing. Table, encoder.pt and history are in {out}")
 
 class Parser(argparse.ArgumentParser):
     """A flag for every field of Config, in groups; wrong ones raise InputError."""
@@ -779,8 +779,10 @@ def command(body):
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
-        sys.exit(f"{error}; what was saved before is whole, the same command goes on")
+    except FloatingPointError as error:
+        sys.exit(f"{error} and another --out")
+    except OSError as error:
+        sys.exit(f"{error}: what was saved before is whole, the same command goes on")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -791,8 +793,7 @@ def main(arguments=None):
     check(config)
     for name in without_effect(config):
         if name in given:
-            raise InputError(f"--{name.replace('_', '-')} changes nothing with --method "
-                             f"{config.method} and --depth {config.depth}: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} changes nothing here: leave it out")
     run(config)
 
 if __name__ == "__main__":

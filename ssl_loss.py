@@ -48,24 +48,24 @@ class ProjectionHead(nn.Sequential):
             nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU(inplace=True),
             nn.Linear(hidden, out, bias=False))
 
-def contrastive_step(frozen, active, head, views, criterion, micro_batch=0):
+def contrastive_step(below, rest, head, views, criterion, micro_batch=0):
     """Forward and backward of one local step on views [2B, C, H, W]; returns the loss, detached.
 
-    frozen, active, head: from in_three(); criterion: z [2B, D] -> loss. micro_batch = M > 0 keeps
-    the graph of M images at a time. Gradients land in what trains."""
+    below, rest, head: from in_three(); criterion: z [2B, D] -> loss. micro_batch = M > 0 keeps the
+    graph of 2M views at a time. Gradients land in what trains."""
     if not micro_batch:
-        loss = criterion(head(active(frozen(views))))
+        loss = criterion(head(rest(below(views))))
         loss.backward()
         return loss.detach()
-    chunks = [frozen(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks, once
+    chunks = [below(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks, once
     del views
     with torch.no_grad():
-        features = torch.cat([active(chunk) for chunk in chunks])       # 2. all features, no graph
+        features = torch.cat([rest(chunk) for chunk in chunks])        # 2. all features, no graph
     features.requires_grad_()
-    loss = criterion(head(features))                                    # 3. head and loss, once
+    loss = criterion(head(features))                                   # 3. head and loss, once
     loss.backward()
     for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
-        active(chunk).backward(gradient)                                # 4. each with its graph
+        rest(chunk).backward(gradient)                                 # 4. each with its graph
     return loss.detach()
 
 def in_three(config, learner, stage):
@@ -119,7 +119,7 @@ class MemoryMeter(TorchDispatchMode):
 def allocator_peak(device):
     """Yields a function: the peak bytes that a GPU's allocator took since; 0 on the CPU."""
     if device.type != "cuda":
-        yield int
+        yield lambda: 0
         return
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
