@@ -109,7 +109,7 @@ def load_npz(path):
     """Read KEYS (MedMNIST's layout) from an .npz; classes are numbered in the order of labels.
 
     Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]."""
-    with in_a_sentence(f"{path} is no .npz of plain arrays", "pickled objects are not read"):
+    with in_a_sentence(f"{path} cannot be read", "it must be an .npz of plain arrays"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in KEYS if key in file}
     for key in [key for key in KEYS if key not in arrays]:

@@ -742,7 +742,8 @@ def run(config):
         summary = out / "summary.json"
         if summary.exists():
             with in_a_sentence(f"{summary} is damaged", "delete it, and run the same command"):
-                print(f"{out} is finished:\n{table(json.loads(summary.read_text()))}")
+                saved = table(json.loads(summary.read_text()))
+            print(f"{out} is finished:\n{saved}")
             return
         encoder, history = train(config, dataset, out, state)
         mine = result(config, dataset, encoder, history)
@@ -753,8 +754,7 @@ def run(config):
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images; moved: under one random "
-              "view. Costs of a client, all rounds; GMAC of\none image; down if it keeps what it "
-              f"received, stateless if nothing. Table, encoder.pt and history are in {out}")
+              f"view each. Costs are a client's.\nEncoder, rounds and this table are in {out}")
 
 class Parser(argparse.ArgumentParser):
     """A flag for every field of Config, in groups; wrong ones raise InputError."""
