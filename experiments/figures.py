@@ -2,6 +2,7 @@
 
 Colours are Okabe and Ito's (2008) for colour-blind readers, markers and hatches for grey print."""
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ MIB = 2**20
 ORANGE, BLUE, GREEN = "#D55E00", "#56B4E9", "#009E73"
 METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#555555", "v", ":"),
            "first": ("#CC79A7", "^", "-."), "micro": ("k", "", "-"), "FLL": ("#E69F00", "o", "-"),
-           "progressive": ("#999999", "D", "-"), "end-to-end": ("#0072B2", "s", "--")}
+           "one block": ("#CC79A7", "^", "-."), "two blocks": (BLUE, "s", "-."),
+           "lasting": (GREEN, "D", "-"), "progressive": ("#999999", "D", "-"),
+           "end-to-end": ("#0072B2", "s", "--")}
 STATES = {"dropped": ("#F0E442", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
 COSTS = {"peak_mib": "peak memory of a step (MiB)", "megabytes": "down + up (MB)",
          "gigamacs": "compute (10⁹ MAC for one image)"}
@@ -257,6 +260,24 @@ def stages_gif(path, step=5):
             gif.append(Image.open(buffer))
     gif[0].save(path, save_all=True, append_images=gif[1:] + 6 * gif[-1:], duration=333, loop=0)
 
+def budget(results):
+    """Accuracy against compute; results: (title, column of the tables) -> names of results/*.json,
+    whose rows are methods and controls at one budget each, over seeds."""
+    axes = panels(10, 3.6, [title for title, _ in results])
+    for ax, ((_, column), names) in zip(axes, results.items()):
+        methods = {}  # name -> points (compute, mean, deviation)
+        for name in names:
+            text = (Path(__file__).parent / "results" / f"{name}.json").read_text()
+            for method, row in json.loads(text)["rows"].items():
+                if "macs" in row:
+                    point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), np.std(row[column])
+                    methods.setdefault(method.split(",")[0], []).append(point)
+        for method, points in methods.items():
+            ax.errorbar(*np.transpose(sorted(points)), capsize=4, **look(method))
+        ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=f"{column.replace('_', ' ')} (%)")
+    ax.legend()
+    return ax.figure
+
 def readme(out):
     """Draw the pictures of the README into the folder `out`."""
     lives = {"end-to-end": live_bytes(replace(PHONE, method="e2e"), COLOUR),
@@ -264,6 +285,11 @@ def readme(out):
              "FLL, micro-batches of 16": live_bytes(replace(PHONE, micro_batch=16), COLOUR)}
     memory_over_time(lives).savefig(out / "memory.png", dpi=100)
     stages_gif(out / "stages.gif")
+    budget({
+        ("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
+                                  "digits-two-active-blocks"),
+        ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48", "cifar10-96")
+    }).savefig(out / "budget.png", dpi=100)
 
 if __name__ == "__main__":
     readme(Path("assets"))
