@@ -67,10 +67,12 @@ def lines(methods, x, **labels):
 
 def squares(ax, depth, columns):
     """States of blocks; columns: which are present, kept and active; each hides those before."""
+    dropped = any(len(kept) < len(present) for present, kept, _ in columns)
     for x, parts in enumerate(columns, 1):
         for (name, (colour, hatch)), blocks in zip(STATES.items(), parts):
+            named = x == 1 and (dropped or name != "dropped")
             ax.bar(x, 1, 1, np.array(blocks) + 0.5, color=colour, hatch=hatch, ec="white",
-                   label=name if x == 1 else None)
+                   label=name if named else None)
     ax.set(ylabel="block", yticks=range(1, depth + 1), ylim=(0.5, depth + 0.5))
     ax.figure.legend(*ax.get_legend_handles_labels(), ncol=3, loc="outside upper right")
 
@@ -107,7 +109,8 @@ def memory_over_time(lives):
         second, colour = np.array(live[len(live) // 2:]) / MIB, look(name)["color"]
         ax.fill_between(np.linspace(0, 1, len(second)), second, facecolor=(colour, 0.3),
                         edgecolor=colour, label=f"{name}: peak {second.max():,.0f} MiB")
-    ax.set(xlabel="one local step", ylabel="live memory (MiB)", xticks=[], ylim=(0, None))
+    ax.set(xlabel="progress of one local step (each curve on its own scale)", xticks=[],
+           ylabel="live memory (MiB)", ylim=(0, None))
     ax.legend(loc="upper right")
     return ax.figure
 
@@ -120,9 +123,9 @@ def label_counts(counts):
     """How many images of each class each client has; counts: title -> int [clients, classes]."""
     most = max(table.max() for table in counts.values())
     for ax, table in zip(panels(4 * len(counts), 2.6, counts), counts.values()):
-        ax.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=1.5 * most, zorder=1)
+        ax.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=2 * most, zorder=1)
         for (client, label), n in np.ndenumerate(table if table.size <= 80 else table[:0]):
-            ax.text(label, client, n, ha="center", va="center", fontsize=7)
+            ax.text(label, client, n, ha="center", va="center", fontsize=8)
         ax.set(xlabel="class", ylabel="client", yticks=range(len(table)))
     return ax.figure
 
@@ -139,14 +142,15 @@ def pictures(rows, names, titles=(), wrong=()):
             ax.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255, zorder=1)
             ax.set(xticks=[], yticks=[])
     for y, x in wrong:
-        axes[y, x].spines[:].set(visible=True, color=ORANGE, linewidth=3)
+        axes[y, x].spines[:].set(visible=True, color="red", linewidth=3)
     return ax.figure
 
 def similarities(matrix):
     """Cosines [2B, 2B] of the views of B images; positives are outlined."""
     (ax,) = panels(5.4, 4.4)
-    views = np.arange(len(matrix))
-    ax.figure.colorbar(ax.imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1, zorder=1), label="cosine")
+    views, shown = np.arange(len(matrix)), np.array(matrix)
+    shown[views, views] = np.nan  # not in the loss
+    ax.figure.colorbar(ax.imshow(shown, cmap="PuOr_r", vmin=-1, vmax=1, zorder=1), label="cosine")
     ax.scatter(views, np.roll(views, len(views) // 2), 120, "none", "s", edgecolors="black")
     ax.set(xlabel="view k", ylabel="view i", xticks=views[::5], yticks=views[::5])
     return ax.figure
@@ -155,10 +159,11 @@ def stage_strip(depth, rounds):
     """The stages and what travels in each of their rounds; rounds: those of replay()."""
     top, bottom = panels(8, 4, rows=2, sharex=True)
     squares(top, depth, [(stage.present, kept, stage.active) for stage, kept, _ in rounds])
-    for key, style in (("down", "v-"), ("up", "^:")):
+    for key, style, colour in (("down", "s-", BLUE), ("up", ".:", "black")):
         sent = [cost[key] / 1e3 for _, _, cost in rounds]
-        bottom.plot(range(1, len(rounds) + 1), sent, style, color="black", label=key)
-    bottom.set(xlabel="round", ylabel="kB a client", ylim=(0, None))
+        bottom.plot(range(1, len(rounds) + 1), sent, style, color=colour, label=key)
+    starts = [i for i, (stage, _, _) in enumerate(rounds, 1) if stage != rounds[i - 2][0]]
+    bottom.set(xlabel="round", ylabel="kB a client", xticks=starts, ylim=(0, 1.3 * max(sent)))
     bottom.legend()
     return top.figure
 
@@ -206,8 +211,9 @@ def curves(depth, history, runs, raw):
 
 def against_cost(runs, raw):
     """Moved k-NN against what a client had paid by then; runs: those of track()."""
+    at_the_end = {name: [points[-1:] for points in seeds] for name, seeds in runs.items()}
     for ax, key in zip(panels(12, 3.6, COSTS.values()), COSTS):
-        track(ax, runs, key, "moved_knn")
+        track(ax, at_the_end if key == "peak_mib" else runs, key, "moved_knn")
         ax.axhline(raw, color="black", linestyle=":", label="raw pixels")
         ax.set(xlim=(0, None), ylabel="k-NN on moved images (%)")
     ax.legend()
@@ -223,17 +229,19 @@ def accuracies(rows, columns):
     questions = {}
     for key, title in columns.items():
         questions[title] = {name: row[key] for name, row in rows.items()}
-    return knob(questions, sharey=True)
+    return knob(questions, sharey=True, sharex=False)
 
 def knob(knobs, label="", **more):
     """Runs as dots, their mean and standard deviation; knobs: title -> {value: runs}."""
-    for ax, rows in zip(panels(7 + len(knobs), 3, knobs, sharex=True, **more), knobs.values()):
+    more = {"sharex": True, **more}
+    for ax, rows in zip(panels(7 + len(knobs), 3, knobs, **more), knobs.values()):
         for value, runs in reversed(rows.items()):
             name, mean = str(value), np.mean(runs)
             ax.errorbar(mean, name, xerr=np.std(runs), capsize=4, **look(name))
             ax.plot(runs, [name] * len(runs), "k.", markersize=3)
             ax.annotate(f"{mean:.1f}", (mean, name), (-8, 6), textcoords="offset points")
         ax.set(xlabel=label)
+        ax.margins(x=0.2)
     return ax.figure
 
 PHONE = fllw.Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
