@@ -1,8 +1,7 @@
 """Images for federated self-supervised learning: loading, splitting among clients, two views.
 
 Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns it into floats.
-Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small warps for digits.
-"""
+Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small warps for digits."""
 import contextlib
 import fcntl
 import hashlib
@@ -28,6 +27,8 @@ def in_a_sentence(what, advice):
     """Whatever a missing, damaged or foreign file makes torch, json or the system raise."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # torch.load and numpy.load raise many kinds
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(f"{what} ({reason}): {advice}") from None
@@ -117,8 +118,7 @@ def load_npz(path):
     train, labels = check(path, "train", arrays)
     test, more = check(path, "test", arrays)
     if train.shape[1:] != test.shape[1:]:
-        raise InputError(f"{path}: train and test images differ in shape, {list(train.shape[1:])} "
-                         f"and {list(test.shape[1:])}")
+        raise InputError(f"{path}: train and test images differ in shape, they must not")
     numbers = np.unique(np.concatenate([labels, more]), return_inverse=True)[1]
     labels, more = torch.from_numpy(numbers).split([len(labels), len(more)])
     return Dataset(train, labels, test, more)

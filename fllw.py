@@ -574,7 +574,7 @@ def check(config):
          f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus 1 if lasting")
     must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
     must(config.clients_per_round <= config.clients, "clients", "at least --clients-per-round")
-    must(config.rounds >= len(stages(config)), "rounds", "at least the number of stages")
+    must(config.rounds >= len(stages(config)), "rounds", f"{len(stages(config))} (stages) or more")
     there = False
     with contextlib.suppress(RuntimeError, AssertionError):
         there = torch.empty(0, device=pick_device(config)).device.type in ("cpu", "cuda")
@@ -623,7 +623,7 @@ def load_checkpoint(folder, config, shape):
         json.dumps([list(row.items()) for row in state.history])  # rows, and plain ones
         if (any(t.dtype != fresh[name].dtype for name, t in state.server.items())
                 or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
-                or (type(state.held), type(state.changes)) != (dict, int)):
+                or type(state.changes) is not int or {*map(type, state.held.values())} - {list}):
             raise ValueError("its parts do not fit each other")
         return state
 
@@ -665,10 +665,10 @@ def run_folder(config, dataset, experiment=""):
                            "process is at work there"):
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(data.lock(folder / "lock", wait=False))
-        refuse_another(folder, mine)  # again, now that the folder is ours
-        for left_behind in folder.glob("*.tmp"):
-            left_behind.unlink()
-        write(folder / "config.json", mine)
+            refuse_another(folder, mine)  # again, now that the folder is ours
+            for left_behind in folder.glob("*.tmp"):
+                left_behind.unlink()
+            write(folder / "config.json", mine)
         yield folder, load_checkpoint(folder, config, dataset.shape)
 
 COLUMNS = {  # of a table: (heading, unit, digits)
@@ -683,7 +683,7 @@ def cell(value, unit, digits):
     if isinstance(value, str):
         return value
     numbers = np.atleast_1d(value) / unit
-    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) else ""
+    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) > 0 else ""
     return f"{np.mean(numbers):.{digits}f}{spread}"
 
 def table(rows, columns=COLUMNS):
@@ -718,7 +718,7 @@ def train(config, dataset, folder, state=None, on_round=None, client=local_train
 
     encoder, history = federate(config, dataset, state, after, client, plan)
     write(folder / "history.json", history)
-    write(folder / "encoder.pt", encoder.state_dict())
+    write(folder / "encoder.pt", {name: t.cpu() for name, t in encoder.state_dict().items()})
     return encoder, history
 
 def price_of(config, dataset, client=local_train, plan=stages, history=()):
@@ -746,11 +746,11 @@ def run(config):
             print(f"{out} is finished:\n{saved}")
             return
         encoder, history = train(config, dataset, out, state)
-        mine = result(config, dataset, encoder, history)
-        rows = {"raw pixels": evaluate(None, dataset, recipe(config)), label(config): mine}
+        raw = evaluate(None, dataset, recipe(config), pick_device(config))
+        rows = {"raw pixels": raw, label(config): result(config, dataset, encoder, history)}
         if config.method != "e2e":
-            whole = price_of(replace(config, method="e2e"), dataset)
-            ratio = {c: f"{whole[c] / mine[c]:.1f}x" for c in whole if mine.get(c)}
+            price, whole = rows[label(config)], price_of(replace(config, method="e2e"), dataset)
+            ratio = {c: f"{whole[c] / price[c]:.1f}x" for c in whole if price[c]}
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images; moved: under one random "

@@ -205,14 +205,14 @@ def features(encoder, images, batch=500):
     device = next(encoder.parameters()).device
     return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
 
-def evaluate(encoder, dataset, recipe):
-    """Accuracies in % of an encoder, or of raw pixels where it is None; test labels choose nothing.
-
-    knn and linear_probe on the test images; the same on test images under one random view each
-    (moved_knn, moved_probe); a linear probe with ten labels a class (ten_labels)."""
+def evaluate(encoder, dataset, recipe, device="cpu"):
+    """Accuracies in % of an encoder, or, if it is None, of raw pixels on the device: knn and
+    linear_probe on test images, the same on these under one random view each (moved_...), and a
+    probe on ten labels a class (ten_labels). Test labels choose nothing."""
     moved = data.moved(dataset.test_images, recipe)
-    train, test, moved = [features(encoder, images) if encoder else images.flatten(1) / 255
-                          for images in (dataset.train_images, dataset.test_images, moved)]
+    train, test, moved = [
+        features(encoder, images) if encoder else images.to(device).flatten(1) / 255
+        for images in (dataset.train_images, dataset.test_images, moved)]
     labels, answers = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
     probe, moved_probe = linear_probe(train, labels, (test, answers), (moved, answers))
     return {"knn": knn(train, labels, test, answers), "linear_probe": probe,

@@ -48,7 +48,7 @@ def cases_of(config):
     for method, dropout in methods:
         one = replace(config, method=method, depth_dropout=dropout, local_epochs=1)
         plan = fllw.stages(one)
-        for stage in dict.fromkeys((plan[0], plan[len(plan) // 2], plan[-1])):
+        for stage in dict.fromkeys(plan[:1] + plan[len(plan) // 2:][:1] + plan[-1:]):
             frozen = round((1 - dropout) * len(stage.frozen))  # as many as on average
             cases.append((fllw.label(one), one, stage, stage.frozen[:frozen] + stage.active))
     return cases

@@ -56,6 +56,8 @@ def main():
     alone = given.pop("alone", False)
     config = Config(**given)
     fllw.check(config)
+    if epochs < 1 or not 0 < share < 1:
+        raise InputError("--epochs must be at least 1, and --server-share between 0 and 1")
     dataset = data.load(config.data, config.cache, config.images)
     clients, own = divide(config, dataset, share)
     if alone:

@@ -19,7 +19,7 @@ from torch import nn
 
 import data
 import fllw
-from fllw import COLUMNS, Config, InputError, table
+from fllw import Config, InputError, table
 from ssl_loss import evaluate, first_of_each_class
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,7 +139,7 @@ def measure(key, one, dataset, out, epochs, labels):
                 encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
                 encoder.to(fllw.pick_device(one))
             if key != "scratch":
-                row = evaluate(encoder, dataset, fllw.recipe(one))
+                row = evaluate(encoder, dataset, fllw.recipe(one), fllw.pick_device(one))
         else:
             encoder, history = fllw.train(one, dataset, folder, state)
             row = fllw.result(one, dataset, encoder, history)
@@ -176,7 +176,7 @@ def main():
     for row_by_row in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{row_by_row.replace('_', '-')} differs from row to row: leave it out")
     config = Config(**given, depth_dropout=0.0)
-    fllw.check(config)
+    fllw.check(replace(config, seed=min(seeds)))
     dataset = data.load(config.data, config.cache, config.images)
     out, plan = Path(config.out or f"runs/compare-{Path(config.data).stem}"), variants(config)
     plan |= dict.fromkeys(BASELINES, config)

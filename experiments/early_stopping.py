@@ -11,7 +11,6 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -134,7 +133,7 @@ def main(arguments=None):
         for name, change in CASES.items():
             new_block = "copy" if encoder == "vit" else "fresh"  # blocks of a CNN differ in shape
             one, done = replace(config, encoder=encoder, new_block=new_block, **change), []
-            fllw.check(one)
+            fllw.check(replace(one, seed=min(seeds)))
             for i, seed in enumerate(seeds):
                 if name == "as many evenly":
                     one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])

@@ -65,14 +65,12 @@ def lines(methods, x, **labels):
     ax.legend()
     return ax.figure
 
-def squares(ax, depth, columns):
+def squares(ax, depth, columns, legend=tuple(STATES)):
     """States of blocks; columns: which are present, kept and active; each hides those before."""
-    dropped = any(len(kept) < len(present) for present, kept, _ in columns)
     for x, parts in enumerate(columns, 1):
         for (name, (colour, hatch)), blocks in zip(STATES.items(), parts):
-            named = x == 1 and (dropped or name != "dropped")
             ax.bar(x, 1, 1, np.array(blocks) + 0.5, color=colour, hatch=hatch, ec="white",
-                   label=name if named else None)
+                   label=name if x == 1 and name in legend else None)
     ax.set(ylabel="block", yticks=range(1, depth + 1), ylim=(0.5, depth + 0.5))
     ax.figure.legend(*ax.get_legend_handles_labels(), ncol=3, loc="outside upper right")
 
@@ -158,7 +156,8 @@ def similarities(matrix):
 def stage_strip(depth, rounds):
     """The stages and what travels in each of their rounds; rounds: those of replay()."""
     top, bottom = panels(8, 4, rows=2, sharex=True)
-    squares(top, depth, [(stage.present, kept, stage.active) for stage, kept, _ in rounds])
+    columns = [(stage.present, kept, stage.active) for stage, kept, _ in rounds]
+    squares(top, depth, columns, legend=("frozen", "active"))
     for key, style, colour in (("down", "s-", BLUE), ("up", ".:", "black")):
         sent = [cost[key] / 1e3 for _, _, cost in rounds]
         bottom.plot(range(1, len(rounds) + 1), sent, style, color=colour, label=key)
@@ -271,19 +270,20 @@ def stages_gif(path, step=5):
 def budget(results):
     """Accuracy against compute; results: (title, column of the tables) -> names of results/*.json,
     whose rows are methods and controls at one budget each, over seeds."""
-    axes = panels(10, 3.6, [title for title, _ in results])
+    axes, named = panels(10, 3.6, [title for title, _ in results]), {}
     for ax, ((_, column), names) in zip(axes, results.items()):
         methods = {}  # name -> points (compute, mean, deviation)
         for name in names:
             text = (Path(__file__).parent / "results" / f"{name}.json").read_text()
             for method, row in json.loads(text)["rows"].items():
                 if "macs" in row:
-                    point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), np.std(row[column])
+                    spread = np.std(row[column], ddof=min(1, len(row[column]) - 1))
+                    point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
                     methods.setdefault(method.split(",")[0], []).append(point)
         for method, points in methods.items():
-            ax.errorbar(*np.transpose(sorted(points)), capsize=4, **look(method))
+            named[method] = ax.errorbar(*np.transpose(sorted(points)), capsize=4, **look(method))
         ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=f"{column.replace('_', ' ')} (%)")
-    ax.legend()
+    ax.legend(named.values(), named)
     return ax.figure
 
 def readme(out):

@@ -73,7 +73,7 @@ def side_by_side(commands, at_once):
     """Run the commands, some at a time, each with its output in a file; which of them failed."""
     waiting, running, failed = list(commands.items()), {}, []
     while waiting or running:
-        while waiting and len(running) < at_once:
+        while waiting and len(running) < max(1, at_once):
             log, line = waiting.pop(0)
             running[log] = subprocess.Popen(line, stdout=log.open("a"), stderr=subprocess.STDOUT)
         time.sleep(0.2)
