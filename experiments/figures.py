@@ -282,7 +282,8 @@ def budget(results):
                     methods.setdefault(method.split(",")[0], []).append(point)
         for method, points in methods.items():
             named[method] = ax.errorbar(*np.transpose(sorted(points)), capsize=4, **look(method))
-        ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=column.replace("knn", "k-NN (%)").replace("_", " "))
+        label = column.replace("knn", "k-NN (%)").replace("_", " ")
+        ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=label)
     ax.legend(named.values(), named)
     return ax.figure
 
