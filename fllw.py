@@ -323,8 +323,8 @@ def local_train(config, stage, message, images, number, client, progress=0.0,
     the loss of every local step [steps].
 
     message: from broadcast(); images: the client's, uint8 [n, C, H, W], on the device; progress:
-    the share of the stage's rounds that is done. AdamW starts anew each round: its moments belong
-    to weights that averaging has replaced, and stale on a client that is sampled rarely."""
+    the share of the stage's rounds that is done; step: like contrastive_step. AdamW starts anew
+    each round: its moments belong to weights that averaging has replaced, or are long stale."""
     learner = receive(config, message, images.shape[1:], stage)
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
