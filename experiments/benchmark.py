@@ -87,7 +87,7 @@ def memory_table(config, cases):
 
 def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.benchmark")
-    config = Config(**vars(parser.parse_args()))
+    config = Config(**{"patch_size": 4, **vars(parser.parse_args())})  # of 32 x 32 pixels
     fllw.check(config)
     device, cases = fllw.pick_device(config), cases_of(config)
     images = torch.randint(0, 256, ((2 + STEPS) * config.batch_size, *SHAPE), dtype=torch.uint8)
