@@ -6,6 +6,7 @@ Each row and seed has a run folder in --out: the same command goes on where it s
 of a layer-wise method is the end-to-end model that fits into its memory: one block for FLL, two
 for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349).
 """
+import contextlib
 import copy
 import json
 import math
@@ -19,7 +20,7 @@ from torch import nn
 
 import data
 import fllw
-from fllw import Config, InputError, table
+from fllw import Config, InputError, in_a_sentence, table
 from ssl_loss import evaluate, first_of_each_class
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,13 +36,14 @@ MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
     "two-blocks-bytes": ("two-blocks", "lasting", BYTES),
     "e2e-compute": ("e2e", "fdd", COMPUTE), "e2e-bytes": ("e2e", "fdd", BYTES)}
 
-def variants(config):
+def variants(config, one_block_lr=None):
     """The settings of every row that trains: key -> Config."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
     fdd, epochs = replace(fll, depth_dropout=0.25), config.local_epochs
     e2e = replace(fll, method="e2e")
     rows = {
-        "one-block": replace(e2e, depth=1), "two-blocks": replace(e2e, depth=2),
+        "one-block": replace(e2e, depth=1, lr=one_block_lr or config.lr),
+        "two-blocks": replace(e2e, depth=2),
         "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
         "fdd-epochs": replace(fdd, local_epochs=3 * epochs),  # spends what frozen blocks save
         "pairs": replace(fll, blocks_per_stage=2),
@@ -53,11 +55,9 @@ def variants(config):
     return {key: one for key, one in rows.items() if possible(one)}
 
 def possible(config):
-    try:
+    with contextlib.suppress(InputError):
         fllw.check(config)
-    except InputError:
-        return False
-    return True
+        return True
 
 def matched(rows, key, shape):
     """The settings of a row that may spend what another one does: as many rounds as that buys."""
@@ -76,10 +76,10 @@ def name_of(key, one, config):
     name = fllw.label(one)
     if one.depth != config.depth:
         name = f"{'one block' if one.depth == 1 else 'two blocks'} end to end"
-    if one.local_epochs != config.local_epochs:
-        name += f", {one.local_epochs} local epochs"
-    if one.micro_batch != config.micro_batch:
-        name += f", micro-batches of {one.micro_batch}"
+    for setting, words in (("local_epochs", "{} local epochs"), ("lr", "rate {:g}"),
+                           ("micro_batch", "micro-batches of {}")):
+        if getattr(one, setting) != getattr(config, setting):
+            name += ", " + words.format(getattr(one, setting))
     if key in MATCHED:
         what = "compute" if MATCHED[key][2] == COMPUTE else "bytes"
         name += f", {one.rounds} rounds: {what} of {MATCHED[key][1]}"
@@ -94,8 +94,7 @@ def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_si
     order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
     if labels_per_class:
         order = first_of_each_class(dataset.train_labels, order, labels_per_class)
-    images = dataset.train_images[order].to(device)
-    labels = dataset.train_labels[order].to(device)
+    images, labels = dataset.train_images[order].to(device), dataset.train_labels[order].to(device)
     encoder = copy.deepcopy(encoder).requires_grad_().train()
     dim = encoder(data.normalise(images[:1])).shape[1]
     classifier = nn.Linear(dim, dataset.classes, device=device)
@@ -115,31 +114,31 @@ def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_si
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), labels[chosen]).backward()
             optimizer.step()
-    correct = 0
     model.eval()
     with torch.no_grad():
-        for part, answers in zip(dataset.test_images.split(500), dataset.test_labels.split(500)):
-            guesses = model(data.normalise(part.to(device))).argmax(1)
-            correct += (guesses == answers.to(device)).sum().item()
-    return 100 * correct / len(dataset.test_labels)
+        guesses = torch.cat([model(data.normalise(part.to(device))).argmax(1).cpu()
+                             for part in dataset.test_images.split(500)])
+    return 100 * (guesses == dataset.test_labels).double().mean().item()
 
 def measure(key, one, dataset, out, epochs, labels):
     """Train and judge one row with one seed, or read it back: its columns."""
-    experiment = f"compare {key}"
-    tuned = epochs and key not in ("raw", "random")
+    experiment, tuned = f"compare {key}", epochs and key not in ("raw", "random")
     if tuned:
         experiment += f", fine-tuned {epochs} epochs on {labels or 'all'} labels a class"
     one = replace(one, out=str(out / f"{key}-seed{one.seed}"))
     with fllw.run_folder(one, dataset, experiment) as (folder, state):
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
+        summary = folder / "summary.json"
+        if summary.exists():
+            with in_a_sentence(f"{summary} is damaged", "delete it, and run the same command"):
+                saved = json.loads(summary.read_text())
+                return {column: float(saved[column]) for column in saved}
         if key in BASELINES:
-            encoder, row = None, {}
+            encoder, row, device = None, {}, fllw.pick_device(one)
             if key != "raw":
                 encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
-                encoder.to(fllw.pick_device(one))
+                encoder.to(device)
             if key != "scratch":
-                row = evaluate(encoder, dataset, fllw.recipe(one), fllw.pick_device(one))
+                row = evaluate(encoder, dataset, fllw.recipe(one), device)
         else:
             encoder, history = fllw.train(one, dataset, folder, state)
             row = fllw.result(one, dataset, encoder, history)
@@ -148,38 +147,39 @@ def measure(key, one, dataset, out, epochs, labels):
             mild = MILD["digits" if fllw.recipe(one) == "digits" else "natural"]
             row["finetuned"] = finetune(encoder, dataset, mild, draws, epochs,
                                         labels_per_class=labels, amp=one.amp)
-        fllw.write(folder / "summary.json", row)
+        fllw.write(summary, row)
     return row
 
 def save(name, command, rows):
     """Keep the numbers behind a table: experiments/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
-    torch_and_threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": torch_and_threads,
-                                          "rows": rows})
+    where = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
 
 def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.compare")
     mine = parser.add_argument_group("comparison")
-    keys = [*BASELINES, *variants(Config()), *MATCHED, "pairs", "pairs-epochs"]
-    mine.add_argument("--rows", nargs="+", default=["raw", "random", "one-block", "fll", "fdd",
-                                                    "two-blocks", "lasting", "e2e"],
-                      choices=list(dict.fromkeys(keys)), metavar="ROW",
-                      help="in the order of the table: " + " ".join(dict.fromkeys(keys)))
+    keys = [*BASELINES, *variants(Config()), *MATCHED]
+    mine.add_argument("--rows", nargs="+", choices=keys, metavar="ROW",
+                      default="raw random one-block fll fdd two-blocks lasting e2e".split(),
+                      help="in the order of the table: " + " ".join(keys))
     mine.add_argument("--seeds", nargs="+", type=int, default=[0], help="instead of --seed")
+    mine.add_argument("--one-block-lr", type=float, default=4e-3, help="lr of the one-block rows")
     mine.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning")
     mine.add_argument("--labels-per-class", type=int, default=0, help="for that; 0 means all")
     mine.add_argument("--save", default="", help="also keep the table in experiments/results/")
     given = vars(parser.parse_args())
-    rows, seeds, epochs, labels, name = [given.pop(key) for key in (
-        "rows", "seeds", "finetune", "labels_per_class", "save")]
+    rows, seeds, epochs, labels, name, one_block_lr = [given.pop(key) for key in (
+        "rows", "seeds", "finetune", "labels_per_class", "save", "one_block_lr")]
     for row_by_row in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{row_by_row.replace('_', '-')} differs from row to row: leave it out")
+    if min(epochs, labels) < 0 or not one_block_lr > 0:
+        raise InputError("--one-block-lr must be above 0, --finetune, --labels-per-class 0 or more")
     config = Config(**given, depth_dropout=0.0)
     fllw.check(replace(config, seed=min(seeds)))
     dataset = data.load(config.data, config.cache, config.images)
-    out, plan = Path(config.out or f"runs/compare-{Path(config.data).stem}"), variants(config)
-    plan |= dict.fromkeys(BASELINES, config)
+    out = Path(config.out or f"runs/compare-{Path(config.data).stem}")
+    plan = variants(config, one_block_lr) | dict.fromkeys(BASELINES, config)
     results = {}
     for key in rows:
         if key not in plan and key in MATCHED:
