@@ -32,7 +32,7 @@ import data
 import fllw
 import ssl_loss
 from experiments import (alignment, benchmark, calibration, compare, early_stopping, multimodal,
-                         objectives, paper_scale, rates)
+                         objectives, paper_scale)
 from fllw import Config, InputError, Stage
 
 torch.set_num_threads(1)  # the tensors are tiny; and bits depend on the number of threads
@@ -2396,27 +2396,6 @@ def test_a_comparison_goes_on_and_reads_back(npz, tmp_path, capsys, monkeypatch,
         monkeypatch.setattr(sys, "argv", [*arguments, *flags])
         with pytest.raises(InputError, match=sentence):
             compare.main()
-
-
-def test_rates_differ_from_stage_2_on(npz, tmp_path, capsys, monkeypatch, unmetered):
-    """Two stages of one round: the second is that of a run with a multiple of the rate, which goes
-    on from where the run without it was after the first."""
-    config = Config(data=str(npz), dim=16, depth=2, heads=2, head_hidden=24, head_dim=8, rounds=2,
-                    batch_size=8, depth_dropout=0.0, device="cpu")
-    flags = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in fields(config)
-             if getattr(config, f.name) != f.default]
-    flags += ["--out", str(tmp_path), "--factors", "1", "3"]
-    monkeypatch.setattr(sys, "argv", ["rates", *flags])
-    rates.main()
-    assert "FLL, later stages x 3" in capsys.readouterr().out
-    once, thrice = [fllw.load_encoder(tmp_path / f"fll-{factor}-seed0").state_dict()
-                    for factor in (1, 3)]
-    states, d = [], data.load(str(npz))
-    encoder, _ = fllw.federate(config, d, on_round=lambda _, state: states.append(
-        copy.deepcopy(state)))
-    assert same_tensors(encoder.state_dict(), once) and not same_tensors(once, thrice)
-    encoder, _ = fllw.federate(replace(config, lr=3 * config.lr), d, states[0])
-    assert same_tensors(encoder.state_dict(), thrice)
 
 
 def test_paper_scale_rehearses_at_toy_size(tmp_path, capsys, monkeypatch):
