@@ -12,6 +12,7 @@ stages count from 1, blocks and clients from 0. Arguments client= and plan= are 
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -602,12 +603,14 @@ def label(config):
 
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
+    buffer = io.BytesIO()  # torch.save, interrupted while it writes a file, can abort the process
+    if path.suffix == ".pt":
+        torch.save(content, buffer)
+    else:
+        buffer.write(json.dumps(content, indent=1).encode())
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, file)
-        else:
-            file.write(json.dumps(content, indent=1).encode())
+        file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -640,8 +643,7 @@ def load_encoder(folder):
 def refuse_another(folder, mine):
     """Raise InputError if the folder exists and belongs to other settings or images."""
     with in_a_sentence(f"{folder} exists and is no run folder", "choose another --out"):
-        files = list(folder.iterdir()) if folder.exists() else []
-        used = [p for p in files if p.name != "lock" and p.suffix != ".tmp"]
+        used = [p for p in folder.glob("*") if p.name != "lock" and p.suffix != ".tmp"]
         saved = json.loads((folder / "config.json").read_text()) if used else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
     for name in different:
@@ -661,8 +663,7 @@ def run_folder(config, dataset, experiment=""):
     data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     refuse_another(folder, mine)
     with contextlib.ExitStack() as held:
-        with in_a_sentence(f"cannot work in {folder}", "choose another --out, or wait if another "
-                           "process is at work there"):
+        with in_a_sentence(f"cannot work in {folder}", "wait for its process, or another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(data.lock(folder / "lock", wait=False))
             refuse_another(folder, mine)  # again, now that the folder is ours
@@ -709,8 +710,7 @@ def train(config, dataset, folder, state=None, on_round=None, client=local_train
         for kept in row["kept_blocks"][:3]:
             notes.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
                                  for b in row["present_blocks"]))
-        for what in ("lost", "rejected"):
-            notes += [f"{what}: client {one}" for one in row[what]]
+        notes += [f"{what}: client {one}" for what in ("lost", "rejected") for one in row[what]]
         loss = math.nan if row["loss"] is None else row["loss"]
         print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {row['download_bytes'] / 1e6:8.3f} "
               f"{row['upload_bytes'] / 1e6:8.3f} {row['peak_memory_bytes'] / 2**20:9.1f} "

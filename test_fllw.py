@@ -1818,6 +1818,17 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(npz, children, finished
     assert same_tensors(saved_tensors(tmp_path / "run"), saved_tensors(finished[0]))
 
 
+def test_an_interrupt_while_tensors_are_packed_leaves_no_file(monkeypatch, tmp_path):
+    def interrupted(content, file):
+        file.write(b"half of them")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fllw.write(tmp_path / "checkpoint.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_is_one_sentence(npz, children, tmp_path):
     process = children.start("--data", npz, *TINY, "--rounds", 900, "--out", tmp_path / "run")
     while not (tmp_path / "run" / "checkpoint.pt").exists():
