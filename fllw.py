@@ -562,7 +562,6 @@ def check(config):
         if not true:
             raise InputError(f"--{name.replace('_', '-')} must be {rule}, it is "
                              f"{getattr(config, name)}")
-
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
         choices = limits.get("choices", (value,))
@@ -643,7 +642,8 @@ def load_encoder(folder):
 def refuse_another(folder, mine):
     """Raise InputError if the folder exists and belongs to other settings or images."""
     with in_a_sentence(f"{folder} exists and is no run folder", "choose another --out"):
-        used = [p for p in folder.glob("*") if p.name != "lock" and p.suffix != ".tmp"]
+        files = folder.iterdir() if folder.exists() else ()
+        used = [p for p in files if p.name != "lock" and p.suffix != ".tmp"]
         saved = json.loads((folder / "config.json").read_text()) if used else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
     for name in different:
@@ -663,7 +663,7 @@ def run_folder(config, dataset, experiment=""):
     data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
     refuse_another(folder, mine)
     with contextlib.ExitStack() as held:
-        with in_a_sentence(f"cannot work in {folder}", "wait for its process, or another --out"):
+        with in_a_sentence(f"cannot work in {folder}", "choose another --out or wait for it"):
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(data.lock(folder / "lock", wait=False))
             refuse_another(folder, mine)  # again, now that the folder is ours

@@ -2403,7 +2403,7 @@ def test_a_comparison_goes_on_and_reads_back(npz, tmp_path, capsys, monkeypatch,
     damaged = tmp_path / "fll-seed1" / "summary.json"
     damaged.write_text("{")
     for flags, sentence in (([], "damaged"), (["--lr", "0.1"], "lr"),
-                            (["--finetune", "-2"], "0 or"), (["--one-block-lr", "0"], "above")):
+                            (["--finetune", "-2"], "0 or"), (["--one-block-lr", "-1"], "0 or")):
         monkeypatch.setattr(sys, "argv", [*arguments, *flags])
         with pytest.raises(InputError, match=sentence):
             compare.main()

@@ -164,22 +164,22 @@ def main():
                       default="raw random one-block fll fdd two-blocks lasting e2e".split(),
                       help="in the order of the table: " + " ".join(keys))
     mine.add_argument("--seeds", nargs="+", type=int, default=[0], help="instead of --seed")
-    mine.add_argument("--one-block-lr", type=float, default=4e-3, help="lr of the one-block rows")
+    mine.add_argument("--one-block-lr", type=float, default=0, help="0: --lr if given, else 4e-3")
     mine.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning")
     mine.add_argument("--labels-per-class", type=int, default=0, help="for that; 0 means all")
     mine.add_argument("--save", default="", help="also keep the table in experiments/results/")
     given = vars(parser.parse_args())
-    rows, seeds, epochs, labels, name, one_block_lr = [given.pop(key) for key in (
+    rows, seeds, epochs, labels, name, alone_lr = [given.pop(key) for key in (
         "rows", "seeds", "finetune", "labels_per_class", "save", "one_block_lr")]
     for row_by_row in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{row_by_row.replace('_', '-')} differs from row to row: leave it out")
-    if min(epochs, labels) < 0 or not one_block_lr > 0:
-        raise InputError("--one-block-lr must be above 0, --finetune, --labels-per-class 0 or more")
+    if not min(epochs, labels, alone_lr) >= 0:
+        raise InputError("--finetune, --labels-per-class, --one-block-lr must be 0 or more")
     config = Config(**given, depth_dropout=0.0)
     fllw.check(replace(config, seed=min(seeds)))
     dataset = data.load(config.data, config.cache, config.images)
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}")
-    plan = variants(config, one_block_lr) | dict.fromkeys(BASELINES, config)
+    plan = variants(config, alone_lr or given.get("lr", 4e-3)) | dict.fromkeys(BASELINES, config)
     results = {}
     for key in rows:
         if key not in plan and key in MATCHED:
