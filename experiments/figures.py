@@ -297,7 +297,7 @@ def readme(out):
     budget({
         ("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
                                   "digits-two-active-blocks"),
-        ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48")
+        ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48", "cifar10-192")
     }).savefig(out / "budget.png", dpi=100)
 
 if __name__ == "__main__":
