@@ -3,9 +3,7 @@
 Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns it into floats.
 Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small warps for digits."""
 import contextlib
-import fcntl
 import hashlib
-import http.client
 import math
 import os
 import tarfile
@@ -23,7 +21,7 @@ class InputError(Exception):
     """The user asked for what cannot be done; the message is one sentence that says what can."""
 
 @contextlib.contextmanager
-def in_a_sentence(what, advice):
+def friendly_errors(what, advice):
     """Whatever a missing, damaged or foreign file makes torch, json or the system raise."""
     try:
         yield
@@ -91,10 +89,11 @@ def load(name, cache="~/.cache/fllw", images=0):
     """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
 
     images: keep so many training images, the same ones every time; 0: all. Raises InputError."""
-    if name in ARCHIVES:
-        dataset = load_cifar(ARCHIVES[name], download(ARCHIVES[name], Path(cache).expanduser()))
-    elif name == "mnist5k" or str(name).endswith(".npz"):
-        dataset = load_npz(MNIST5K if name == "mnist5k" else name)
+    known = str(name).lower()
+    if known in ARCHIVES:
+        dataset = load_cifar(ARCHIVES[known], download(ARCHIVES[known], Path(cache).expanduser()))
+    elif known == "mnist5k" or known.endswith(".npz"):
+        dataset = load_npz(MNIST5K if known == "mnist5k" else Path(name).expanduser())
     else:
         raise InputError(f"unknown data set {name!r}: use mnist5k, cifar10, cifar100 or a FILE.npz")
     there = len(dataset.train_images)
@@ -110,20 +109,20 @@ def load_npz(path):
     """Read KEYS (MedMNIST's layout) from an .npz; classes are numbered in the order of labels.
 
     Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]."""
-    with in_a_sentence(f"{path} cannot be read", "it must be an .npz of plain arrays"):
+    with friendly_errors(f"{path} cannot be read", "it must be an .npz of plain arrays"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in KEYS if key in file}
     for key in [key for key in KEYS if key not in arrays]:
         raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
-    train, labels = check(path, "train", arrays)
-    test, more = check(path, "test", arrays)
+    train, labels = read_split(path, "train", arrays)
+    test, more = read_split(path, "test", arrays)
     if train.shape[1:] != test.shape[1:]:
         raise InputError(f"{path}: train and test images differ in shape, they must not")
     numbers = np.unique(np.concatenate([labels, more]), return_inverse=True)[1]
     labels, more = torch.from_numpy(numbers).split([len(labels), len(more)])
     return Dataset(train, labels, test, more)
 
-def check(path, split, arrays):
+def read_split(path, split, arrays):
     """One split of a file -> (uint8 tensor [N, C, H, W], int64 array [N]), or InputError."""
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
@@ -148,50 +147,29 @@ def load_cifar(archive, path):
         return torch.from_numpy(pixels), torch.from_numpy(labels)
     return Dataset(*read(archive.train), *read(archive.test))
 
-@contextlib.contextmanager
-def lock(path, wait=True):
-    """Hold a file alone (who is killed lets go); without `wait`, BlockingIOError if it is held."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
 def download(archive, cache):
-    """Fetch an archive once for all processes, resuming an earlier attempt; its verified path."""
+    """The path of an archive with the right checksum; fetched once, under a temporary name."""
     path = cache / archive.url.rsplit("/", 1)[1]
-    part = path.with_suffix(".part")
-    try:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with friendly_errors(f"could not download {archive.url}",
+                         f"run the command again, or put the file at {path} yourself"):
         cache.mkdir(parents=True, exist_ok=True)
-        with lock(path.with_suffix(".lock")):
-            if not path.exists():
-                fetch(archive, part)
-            file = path if path.exists() else part
-            if hashlib.sha256(file.read_bytes()).hexdigest() != archive.sha256:
-                part.unlink(missing_ok=True)
-                raise InputError(f"{file} does not match its SHA-256: delete it if it is still "
-                                 "there and run the command again")
-            os.replace(file, path)
-    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-        raise InputError(f"could not download {archive.url} ({error}): run the same command again "
-                         f"to resume, or put the file at {path} yourself") from None
+        if not path.exists():
+            print(f"downloading {archive.url} ({archive.size / 1e6:.0f} MB)", flush=True)
+            try:
+                with urllib.request.urlopen(archive.url, timeout=60) as reply:
+                    temporary.write_bytes(reply.read())
+                verify(archive, temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        verify(archive, path)
     return path
 
-def fetch(archive, part, chunk=1 << 20):
-    """Append what `part` still lacks of the archive, printing progress."""
-    have = part.stat().st_size if part.exists() else 0
-    if have == archive.size:
-        return
-    headers = {"Range": f"bytes={have}-"} if 0 < have < archive.size else {}
-    request = urllib.request.Request(archive.url, headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        resumed = reply.status == 206  # a server that ignores Range starts from the beginning
-        with open(part, "ab" if resumed else "wb") as file:
-            while block := reply.read(chunk):
-                file.write(block)
-                print(f"\r{archive.url}: {file.tell() / 1e6:.0f} of {archive.size / 1e6:.0f} MB",
-                      end="", flush=True)
-    print()
-    if part.stat().st_size < archive.size:
-        raise OSError(f"the connection ended before {archive.size:,} bytes had come")
+def verify(archive, path):
+    if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
+        raise InputError(f"{path} does not match its SHA-256: delete it if it is there, and run "
+                         "the command again")
 
 # ------------------------------------------------------------ splitting among clients
 def partition(labels, clients, alpha=0.0, seed=0):

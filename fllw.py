@@ -1,24 +1,40 @@
 """Federated layer-wise learning (FLL) with federated depth dropout (FDD), from scratch.
 
-After Guo et al. 2023 (arXiv 2309.05213); accounting after Tun et al. 2024, LW-FedSSL (2401.11647).
-Read from top to bottom: settings, model, stages and depth dropout, the server's state, one client,
-cost, the rounds; there the method ends, the rest serves the command line. ssl_loss.py has the loss
-and the local step (forward and backward), data.py the images and their views.
+The method is that of Guo et al. 2023 (arXiv 2309.05213). Read this file from top to bottom:
 
-A run has stages, a stage has rounds. In a stage some blocks are present; of these some are active
-(they train), the others frozen, and depth dropout lets a client drop frozen ones. Rounds and
-stages count from 1, blocks and clients from 0. Arguments client= and plan= are functions.
+    settings      every knob of a run, with its default
+    model         a vision transformer; the projection head and the loss are in ssl_loss.py
+    stages        which blocks exist and which of them train; depth dropout
+    one client    what a client does with the tensors that it received
+    the loop      federate(): send, train, average, and grow by a block now and then
+    -- here the method ends --
+    costs         bytes, multiply-accumulates and peak memory of a run
+    the command   worker processes, run folders, tables
+
+A run is cut into stages, a stage into rounds. In a stage some blocks of the model are *present*.
+Some of those are *active*: they train. The others are *frozen*: they only run forward, and with
+depth dropout a client skips some of them. The blocks that are not present do not exist yet.
+Rounds and stages are counted from 1, blocks and clients from 0.
 """
 import argparse
+
 import contextlib
+import copy
+import fcntl
 import functools
 import io
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from collections import OrderedDict, namedtuple
+import weakref
+from collections import OrderedDict, deque, namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -27,21 +43,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
-from data import InputError, in_a_sentence, load_tensors
-from ssl_loss import (MemoryMeter, ProjectionHead, allocator_peak, contrastive_step, evaluate,
-                      in_three, nt_xent)
+if not hasattr(data, "two_views"):  # `data` is a common name: Python may find another one first
+    raise ImportError(f"fllw needs the data.py beside it, but `import data` found {data.__file__}: "
+                      "run from the folder of fllw.py, or put that folder first on sys.path")
+from data import InputError, friendly_errors, load_tensors
+from ssl_loss import ProjectionHead, contrastive_loss, evaluate, micro_batched_step
 
 # ----------------------------------------------------------------------------------- settings
-def knob(default, help, **limits):  # low, high or choices; group: starts one
-    return field(default=default, metadata={"help": help, **limits})
+def knob(default, help, **more):
+    """A field of Config. more: its limits (low, high or choices); group: starts a group."""
+    return field(default=default, metadata={"help": help, **more})
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; the command line is generated from these fields."""
+    """Every setting of a run. The command's flags are made from these fields."""
     data: str = knob("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz", group="data")
-    images: int = knob(0, "use so many of the training images; 0 means all", low=0)
+    images: int = knob(0, "use so many of the training images; 0: all", low=0)
     augment: str = knob("auto", "the two views; auto: digits for mnist5k, else natural",
                         choices=("auto", "digits", "natural", "solarised"))
     dim: int = knob(64, "width of the vision transformer", low=1, group="model")
@@ -50,38 +71,38 @@ class Config:
     patch_size: int = knob(7, "side of a patch in pixels; must divide the image", low=1)
     head_hidden: int = knob(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = knob(64, "dimension in which the loss compares views", low=1)
-    method: str = knob("fll", "which blocks exist and train at a stage", group="layer-wise",
+    method: str = knob("fll", "which blocks exist and train in a stage", group="layer-wise",
                        choices=("fll", "e2e", "progressive", "lasting"))
     blocks_per_stage: int = knob(1, "blocks that a stage adds", low=1)
-    new_block: str = knob("copy", "its start: copy of the block below, zero (identity) or fresh",
+    new_block: str = knob("copy", "start as a copy of the block below, the identity, or fresh",
                           choices=("copy", "zero", "fresh"))
     first_share: float = knob(0.0, "share of the rounds for stage 1; 0: equal", low=0, high=0.99)
     depth_dropout: float = knob(0.25, "chance that a frozen block is dropped", low=0, high=0.99)
     clients: int = knob(2, "number of clients N", low=1, group="federation")
-    clients_per_round: int = knob(0, "clients sampled each round; 0 means all", low=0)
+    clients_per_round: int = knob(0, "clients sampled each round; 0: all", low=0)
     alpha: float = knob(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
-    client_failure: float = knob(0.0, "chance that a client does not answer", low=0, high=0.99)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
     micro_batch: int = knob(0, "images whose graph is held at a time (exact); 0: all", low=0)
-    lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
+    lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
     amp: bool = knob(False, "bf16 autocast for the model; the loss stays in float32")
     seed: int = knob(0, "everything random derives from it", low=0, group="run")
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    workers: int = knob(0, "processes that train clients; 0: one per core, on a GPU none", low=0)
     out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
 
     def learner(self, image_shape):
-        """What a client trains; a subclass for another model overrides this and macs()."""
+        """What a client trains. Another model: a subclass that overrides this and macs()."""
         return Learner(self, image_shape)
 
     def macs(self, stage, kept, image_shape):
-        return macs(self, stage, kept, image_shape)
+        return count_macs(self, stage, kept, image_shape)
 
-INIT, SAMPLING, DROPOUT, TRAINING, FAILURE = range(1, 6)  # what a draw is for; 0 is data.partition
+INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)  # what a draw is for; 0 is data.partition()
 
 def rng(config, *key):
     """A numpy generator for (seed, *key) alone; key: for instance (purpose, round, client)."""
@@ -91,13 +112,13 @@ def generator(config, device, *key):
     """A torch generator on the device, for (seed, *key) alone."""
     return torch.Generator(device).manual_seed(int(rng(config, *key).integers(2**63)))
 
-def recipe(config):
-    """The name of the views' recipe."""
-    auto = "digits" if config.data == "mnist5k" else "natural"
+def recipe_name(config):
+    """Which recipe makes the two views; digits are not flipped, photographs are."""
+    auto = "digits" if config.data.lower() == "mnist5k" else "natural"
     return auto if config.augment == "auto" else config.augment
 
 def pick_device(config):
-    """The torch.device of a run."""
+    """The torch.device on which clients train."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(auto if config.device == "auto" else config.device)
 
@@ -137,7 +158,8 @@ class ViT(nn.Module):
         super().__init__()
         height, width = image_size
         if height % patch_size or width % patch_size:
-            raise InputError(f"the patch size {patch_size} must divide {height} x {width} pixels")
+            raise InputError(f"--patch-size {patch_size} must divide the images; read as [N, H, W, "
+                             f"C], they have {height} x {width} pixels and {channels} channels")
         patches = (height // patch_size) * (width // patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(
             proj=nn.Conv2d(channels, dim, patch_size, patch_size)))
@@ -181,17 +203,28 @@ def initial(config, shape, device="cpu"):
     """State dict of a fresh learner, all its blocks; on device "meta", shapes without data."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
-        return config.learner(shape).state_dict()
+        return config.learner(tuple(shape)).state_dict()
 
 def block_of(name):
     """The block that a tensor of this name belongs to; None: embedding, final norm, head."""
     parts = name.split(".")
     return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
 
-def assemble(config, tensors, shape):
-    """The learner with these tensors; a block that is not among them is the identity."""
+@functools.lru_cache(maxsize=8)
+def blank_learner(config, shape):
+    """A learner whose tensors have shapes but no data: PyTorch's device "meta"."""
     with torch.device("meta"):
-        learner = config.learner(shape)
+        return config.learner(shape)
+
+def assemble(config, tensors, shape):
+    """The learner that has these tensors.
+
+    It starts as a learner without data, so nothing is initialised in vain. Then the tensors move
+    in. A block that is not among them, since it was dropped or does not exist yet, becomes the
+    identity: a model of any depth then runs through the same lower() and upper()."""
+    blank = blank_learner(config, tuple(shape))
+    shared = {id(p): p for p in blank.parameters()}  # copy the modules, not what they hold
+    learner = copy.deepcopy(blank, shared)
     for b in set(range(config.depth)) - {block_of(name) for name in tensors}:
         learner.encoder.blocks[b] = nn.Identity()
     own = {name: t.clone() for name, t in tensors.items()}  # training must not change the server's
@@ -199,10 +232,10 @@ def assemble(config, tensors, shape):
     return learner
 
 def encoder_of(config, server, shape):
-    """The encoder in a server's state: evaluation and deployment use every block there is."""
+    """The encoder among the server's tensors: evaluation and deployment use every block."""
     return assemble(config, server, shape).encoder.eval().requires_grad_(False)
 
-# ----------------------------------------------------------------- stages and depth dropout
+# ------------------------------------------------------------------ stages and depth dropout
 @dataclass(frozen=True)
 class Stage:
     """Which blocks exist and which of them train, ascending."""
@@ -225,7 +258,7 @@ class Stage:
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
 
-    history: the rows of the rounds done, unused here; other plans may look at their losses."""
+    history: the rows of the rounds done. It is not used here; another plan may look at losses."""
     L, k = config.depth, config.blocks_per_stage
     every, tops = tuple(range(L)), range(k, L + 1, k)
     choices = {  # (present, active), stage by stage
@@ -244,24 +277,26 @@ def stages(config, history=()):
         rounds_left -= rounds
     return plan
 
-def stage_of(plan, rounds_done):
-    """The stage of the next round and how many of its rounds are done; (None, 0) at the end."""
+def stage_progress(plan, rounds_done):
+    """The next round's stage, and the share of its rounds that is done; (None, 0) at the end."""
     for stage in plan:
         if rounds_done < stage.rounds:
-            return stage, rounds_done
+            return stage, rounds_done / stage.rounds
         rounds_done -= stage.rounds
     return None, 0
 
-def sample_clients(config, number):
-    """The clients of round `number`, ascending: a function of (seed, round)."""
+def sample_clients(config, round_number):
+    """The clients of a round, ascending: a function of (seed, round)."""
     size = config.clients_per_round or config.clients
-    chosen = rng(config, SAMPLING, number).choice(config.clients, size, replace=False)
+    chosen = rng(config, SAMPLING, round_number).choice(config.clients, size, replace=False)
     return sorted(chosen.tolist())
 
-def draw_blocks(config, stage, number, client):
-    """Federated depth dropout: the blocks that this client keeps in round `number`, drawn from
-    (seed, round, client). Each frozen block is dropped with probability depth_dropout."""
-    draws = rng(config, DROPOUT, number, client).random(len(stage.frozen))
+def sample_kept_blocks(config, stage, round_number, client):
+    """Federated depth dropout: the blocks that this client keeps in this round, ascending.
+
+    Each frozen block is dropped with probability depth_dropout, an active block never. The draw
+    is a function of (seed, round, client)."""
+    draws = rng(config, DROPOUT, round_number, client).random(len(stage.frozen))
     dropped = [b for b, u in zip(stage.frozen, draws) if u < config.depth_dropout]
     return tuple(b for b in stage.present if b not in dropped)
 
@@ -269,115 +304,224 @@ def broadcast(server, kept):
     """What a client receives: the server's tensors, less the blocks that it does not keep."""
     return {name: t for name, t in server.items() if block_of(name) in (None, *kept)}
 
-# --------------------------------------------------------------------- what the server holds
-ZERO = "zero"  # the version of tensors that everybody knows to be 0, so that nothing is sent
-
-@dataclass
-class State:
-    """All there is between two rounds."""
-    shape: tuple   # (channels, height, width) of an image
-    server: dict   # name -> tensor: the encoder so far, and the head
-    version: dict  # name -> id of its content, shared by copies: equal ids travel once
-    history: list = field(default_factory=list)  # one dict a round, see new_row()
-    held: dict = field(default_factory=dict)     # client -> list of versions that it has received
-    changes: int = 0                             # how often update() was called
-
-    def update(self, tensors):
-        """Put new tensors in place of the server's, each with a version of its own."""
-        self.changes += 1
-        self.server |= tensors
-        self.version |= {name: f"{name}@{self.changes}" for name in tensors}
-
-def start(config, shape, plan=stages, device="cpu"):
-    """The state before the first round: the blocks of the first stage, and the head."""
-    server = broadcast(initial(config, shape, device), plan(config, ())[0].present)
-    return State(shape, server, {name: name for name in server})
-
-def grow(config, state, stage):
-    """Add the blocks that are new in this stage: copies of the nearest one below, or else of the
-    lowest; with new_block "zero" the output layers of both halves are 0, which is the identity."""
-    there = {block_of(name) for name in state.server} - {None}
-    device = next(iter(state.server.values())).device
-    for b in sorted(set(stage.present) - there):
-        source, origin = state.server, max((o for o in there if o < b), default=min(there))
-        if config.new_block == "fresh":
-            source, origin = initial(config, state.shape), b
-        for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
-            new = name.replace(f"blocks.{origin}.", f"blocks.{b}.")
-            version = state.version.get(name, new)  # a fresh block's content is new
-            if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
-                tensor, version = torch.zeros_like(tensor), ZERO
-            state.server[new], state.version[new] = tensor.to(device), version
-        there.add(b)
-
 # --------------------------------------------------------------------------------- one client
 def receive(config, message, shape, stage):
-    """A client's learner from what it received; a dropped block is the identity."""
+    """A client's learner from what it received; only what the stage trains has gradients."""
     learner = assemble(config, message, shape)
     for name, parameter in learner.named_parameters():
         parameter.requires_grad_(stage.trains(name))
     return learner
 
-def local_train(config, stage, message, images, number, client, progress=0.0,
-                step=contrastive_step):
-    """One client's work in round `number`. Returns (upload, losses): what it trained, by name, and
-    the loss of every local step [steps].
+def learning_rate(config, share):
+    """A cosine from lr to 0 over a stage; share: how much of the stage is done, 0 to 1."""
+    return config.lr * ((1 + math.cos(math.pi * share)) / 2)
 
-    message: from broadcast(); images: the client's, uint8 [n, C, H, W], on the device; progress:
-    the share of the stage's rounds that is done; step: like contrastive_step. AdamW starts anew
-    each round: its moments belong to weights that averaging has replaced, or are long stale."""
-    learner = receive(config, message, images.shape[1:], stage)
-    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), config.lr, weight_decay=config.weight_decay,
-                                  fused=True)
-    below, rest, head = in_three(config, learner, stage)
-    changes = data.RECIPES[recipe(config)]
-    draws = generator(config, images.device, TRAINING, number, client)
-
-    def criterion(z):  # [2B, head_dim]
-        return nt_xent(*z.chunk(2), config.temperature)
-
+def local_batches(config, images, draws):
+    """Yield (share of the round that is done, indices of a batch), shuffled every epoch."""
     batch = min(config.batch_size, len(images))
-    steps = len(images) // batch  # in an epoch; what is left over waits for the next shuffle
-    losses = []
+    steps = len(images) // batch  # of an epoch; what is left over waits for the next shuffle
     for epoch in range(config.local_epochs):
         order = torch.randperm(len(images), device=images.device, generator=draws)
-        for chosen in order[:steps * batch].view(steps, batch):
-            in_round = len(losses) / (config.local_epochs * steps)
-            cosine = (1 + math.cos(math.pi * (progress + in_round / stage.rounds))) / 2
-            optimizer.param_groups[0]["lr"] = config.lr * cosine
-            optimizer.zero_grad()
-            loss = step(below, rest, head, data.two_views(images[chosen], changes, draws),
-                        criterion, config.micro_batch)  # forward and backward
-            losses.append(loss)
-            optimizer.step()
+        for step, chosen in enumerate(order[:steps * batch].view(steps, batch)):
+            yield (epoch * steps + step) / (config.local_epochs * steps), chosen
+
+def local_step(config, learner, stage, views, criterion=contrastive_loss):
+    """Forward and backward of one local step; returns the loss. Gradients land in what trains.
+
+    views: float32 [2B, C, H, W], as from data.two_views(); criterion: like contrastive_loss. In
+    less memory: ssl_loss.micro_batched_step."""
+    first = min(stage.active)  # the blocks below it are frozen
+    autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
+    with autocast:
+        with torch.set_grad_enabled(first == 0):  # the embedding trains with block 0
+            tokens = learner.encoder.lower(views, first)  # frozen: no graph, nothing is stored
+        z = learner.head(learner.encoder.upper(tokens, first))  # active: with a graph; [2B, D]
+    loss = criterion(config, z, [tokens])
+    loss.backward()
+    return loss.detach()
+
+def local_train(config, stage, message, images, round_number, client, progress=0.0,
+                make_views=data.two_views, criterion=contrastive_loss):
+    """One client's work in one round. Returns (upload, losses): what it trained, by name, and the
+    loss of every local step [steps].
+
+    message: from broadcast(); images: the client's own, uint8 [n, C, H, W], on the same device;
+    progress: the share of the stage's rounds that is done; make_views: like data.two_views."""
+    learner = receive(config, message, images.shape[1:], stage)
+    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    # AdamW starts anew every round: its moments belong to weights that averaging has replaced.
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay, fused=True)
+    draws = generator(config, images.device, TRAINING, round_number, client)
+    recipe, losses = data.RECIPES[recipe_name(config)], []
+    step = micro_batched_step if config.micro_batch else local_step
+
+    for share, chosen in local_batches(config, images, draws):
+        share_of_stage = progress + share / stage.rounds
+        optimizer.param_groups[0]["lr"] = learning_rate(config, share_of_stage)
+        optimizer.zero_grad()
+        loss = step(config, learner, stage, make_views(images[chosen], recipe, draws), criterion)
+        losses.append(loss)
+        optimizer.step()
     return {name: p.detach() for name, p in trained.items()}, torch.stack(losses)
 
-# --------------------------------------------------------------------------------------- cost
+# ----------------------------------------------------------------------------------- the loop
+@dataclass
+class State:
+    """All there is between two rounds."""
+    server: dict   # name -> tensor, on the CPU: the blocks so far, and the head
+    history: list  # a row for every round done, with the keys of ROW
+
+ROW = {  # what happened in a round; what follows from it, such as bytes, is for the Ledger
+    "round": "counted from 1",
+    "stage": "counted from 1",
+    "clients": "who was sampled, in the order asked",
+    "kept_blocks": "the blocks that each of them was sent; the others were dropped",
+    "answers": "of each that answered: client; loss, mean over its local steps, nats; images; "
+               "valid, or else its upload was rejected; missing: what the stage trains, unsent",
+    "changed": "names of tensors that on_round changed on the server",
+    "seconds": "of wall-clock time"}
+
+Answer = namedtuple("Answer", "upload loss images")  # name -> tensor; nats; how many images
+
+def grow(config, server, stage, shape, device="cpu"):
+    """Add the stage's new blocks to the server's tensors; where no block is new, nothing happens.
+
+    The first stage starts from initial(). A new block starts as a copy of the nearest block below
+    (or else of the lowest); "zero" then sets the output layers of both its halves to 0, which
+    makes it the identity; "fresh" takes it from initial()."""
+    if not server:
+        server |= broadcast(initial(config, shape, device), stage.present)
+    there = {block_of(name) for name in server} - {None}
+    for b in sorted(set(stage.present) - there):
+        source, origin = server, max((o for o in there if o < b), default=min(there))
+        if config.new_block == "fresh":
+            source, origin = initial(config, shape, device), b
+        for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
+            if starts_at_zero(config, name):
+                tensor = torch.zeros_like(tensor)
+            server[name.replace(f"blocks.{origin}.", f"blocks.{b}.")] = tensor
+        there.add(b)
+
+def starts_at_zero(config, name):
+    """Whether grow() sets this tensor of a new block to 0."""
+    return config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name)
+
+class Average:
+    """FedAvg (McMahan et al. 2017): each tensor's mean over the clients that sent it, weighted by
+    their numbers of images. A tensor that nobody sent is not in the mean.
+
+    It keeps running sums, so memory does not grow with the clients, in float64, so the mean of
+    finite uploads is finite."""
+    def __init__(self):
+        self.sums, self.images = {}, {}
+
+    def add(self, upload, images):
+        for name, tensor in upload.items():
+            self.sums[name] = self.sums.get(name, 0) + images * tensor.double()
+            self.images[name] = self.images.get(name, 0) + images
+
+    def mean(self):
+        return {name: (total / self.images[name]).float() for name, total in self.sums.items()}
+
+def is_valid(upload, expected):
+    """Whether an upload holds only tensors that were expected, in their shapes, all finite."""
+    for name, tensor in upload.items():
+        if name not in expected or tensor.shape != expected[name].shape:
+            return False
+        if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
+            return False
+    return True
+
+@contextlib.contextmanager
+def one_thread():
+    """Run on one CPU thread, as every worker process does: the bits depend on that number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+def stop_if_diverged(row):
+    losses = [answer["loss"] for answer in row["answers"]]
+    if losses and not any(map(math.isfinite, losses)):
+        raise FloatingPointError(f"the loss of round {row['round']} is not finite: take a smaller "
+                                 "--lr or --weight-decay")
+
+def in_turn(config, images, parts, train_client=local_train):
+    """The default `ask` of federate(): the clients of this process, one after the other.
+
+    images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
+    data.partition(); train_client: like local_train."""
+    images = images.to(pick_device(config))
+
+    def ask(stage, round_number, progress, messages):
+        for client, message in messages:
+            own = images[parts[client].to(images.device)]
+            message = {name: tensor.to(images.device) for name, tensor in message.items()}
+            with one_thread():
+                upload, losses = train_client(config, stage, message, own, round_number, client,
+                                              progress)
+            upload = {name: tensor.cpu() for name, tensor in upload.items()}
+            yield client, Answer(upload, losses.mean().item(), len(own))
+    return ask
+
+def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
+             on_round=None):
+    """Train by federated rounds. Returns (encoder, history); a row of it has the keys of ROW.
+
+    config: passed validate(); state: the State to resume from.
+    train_client(config, stage, message, images, round_number, client, progress): one client's work.
+    ask(stage, round_number, progress, messages): takes pairs (client, message), and yields pairs
+        (client, Answer) in that order; who is missing was lost. With it, train_client is not used.
+    plan(config, history): the list of stages.
+    on_round(row, state): called after every round. It may change the server's tensors, and then
+        puts their names in row["changed"]."""
+    if ask is None:
+        parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+        ask = in_turn(config, dataset.train_images, parts, train_client)
+    state = state or State({}, [])
+
+    while True:
+        began, round_number = time.perf_counter(), len(state.history) + 1
+        stage, progress = stage_progress(plan(config, state.history), len(state.history))
+        if stage is None:
+            return encoder_of(config, state.server, dataset.shape), state.history
+        grow(config, state.server, stage, dataset.shape)  # if the stage is new
+
+        # Send each sampled client the model, without the blocks that it drops.
+        kept = {client: sample_kept_blocks(config, stage, round_number, client)
+                for client in sample_clients(config, round_number)}
+        messages = ((client, broadcast(state.server, blocks)) for client, blocks in kept.items())
+
+        # Each trains what the stage trains and sends it back; average that as it comes in.
+        trained = {name: t for name, t in state.server.items() if stage.trains(name)}
+        average, answers = Average(), []
+        for client, answer in ask(stage, round_number, progress, messages):
+            valid = is_valid(answer.upload, trained)
+            if valid:
+                average.add(answer.upload, answer.images)
+            answers.append({"client": client, "loss": answer.loss, "images": answer.images,
+                            "valid": valid, "missing": sorted(trained.keys() - answer.upload)})
+        state.server |= average.mean()
+
+        row = {"round": round_number, "stage": stage.number, "clients": list(kept),
+               "kept_blocks": [list(blocks) for blocks in kept.values()], "answers": answers,
+               "changed": [], "seconds": time.perf_counter() - began}
+        stop_if_diverged(row)
+        state.history.append(row)
+        if on_round:
+            on_round(row, state)
+
+# ------------------------------------------------------------------- here the method ends: costs
 REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
 
-def download_bytes(state, kept):
-    """Bytes down in a round, means over clients: (if they keep what they have, if nothing).
-
-    Equal tensors travel once: a block that starts as a copy is what the client has, or gets
-    anyway, by another name. Notes in state.held what each client has now."""
-    current, sums = set(state.version.values()), []
-    for client, blocks in kept.items():
-        message = {state.version[name]: tensor.nbytes
-                   for name, tensor in broadcast(state.server, blocks).items()}
-        message.pop(ZERO, None)
-        held = set(state.held.get(client, ()))
-        new = sum(size for version, size in message.items() if version not in held)
-        sums.append((new, sum(message.values())))
-        state.held[client] = sorted((held | set(message)) & current)
-    return np.mean(sums, 0).tolist()
-
-def macs(config, stage, kept, image_shape):
+def count_macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them: two
     views; linear layers and attention products; forward 1x, and backward 2x for what trains.
 
-    Micro-batches run what trains, but for the head, forward twice. Through a frozen block above an
-    active one the gradient of the activations passes."""
+    Micro-batches run what trains, except the head, forward twice. A frozen block above an active
+    one passes the gradient of the activations on: 2x for its products, 1x for its layers."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T, first = patches + 1, min(stage.active)
@@ -393,170 +537,142 @@ def macs(config, stage, kept, image_shape):
             total -= linear  # its weights need no gradient
     return 2 * total
 
-def step_memory(config, stage, server, kept, image_shape, images=0, client=local_train):
-    """Peak bytes of a client's local step; server: tensors, of which only shapes matter.
+class Ledger:
+    """What rounds cost: replays the rows of a history, on tensors that have no data.
 
-    images: how many the client has; 0 means enough for whole batches."""
-    first = min(stage.active)  # from here on: what needs the same memory gets one cache entry
-    below = [b for b in stage.frozen if b < first]  # these are alike: only how many matters
-    kept = (*below[:len([b for b in kept if b < first])], *(b for b in kept if b >= first))
-    form = tuple((name, tuple(t.shape)) for name, t in broadcast(server, kept).items())
-    config = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
-    stage = replace(stage, number=1, rounds=1)
-    return metered_step(config, stage, form, image_shape, images, client).peak
+    A client that keeps what it has downloads the tensors that changed since it last received
+    them. It grows a new block itself: on the server a copy is the same Python object as its
+    source, so it is not sent again until training replaces it; neither are zeros.
+    A "stateless" client keeps nothing and downloads all that it uses in every round."""
+    def __init__(self, config, shape, plan=stages):
+        self.config, self.shape = config, tuple(shape)
+        self.stages = {stage.number: stage for stage in plan(config, ())}
+        self.server, self.zeros = {}, {}
+        self.held = {}  # client -> {id of a tensor: the tensor} that it has received
+
+    def add(self, row):
+        """The costs of the next row: means over its sampled clients. In bytes: download_bytes,
+        stateless_download_bytes, upload_bytes; macs: for one image in all local epochs."""
+        config, stage = self.config, self.stages[row["stage"]]
+        before = set(self.server)
+        grow(config, self.server, stage, self.shape, "meta")
+        self.zeros |= {id(t): t for name, t in self.server.items()
+                       if before and name not in before and starts_at_zero(config, name)}
+        current = {id(t) for t in self.server.values()}
+
+        down = stateless = macs = up = 0
+        for client, kept in zip(row["clients"], row["kept_blocks"]):
+            message = {id(t): t for t in broadcast(self.server, kept).values()}
+            held = self.zeros | self.held.get(client, {})
+            down += sum(t.nbytes for key, t in message.items() if key not in held)
+            stateless += sum(t.nbytes for key, t in message.items() if key not in self.zeros)
+            self.held[client] = {k: t for k, t in (held | message).items() if k in current}
+            macs += config.local_epochs * config.macs(stage, kept, self.shape)
+
+        trained, changed = [name for name in self.server if stage.trains(name)], set(row["changed"])
+        for answer in row["answers"]:
+            sent = [name for name in trained if name not in answer["missing"]]
+            up += REPORT_BYTES + sum(self.server[name].nbytes for name in sent)
+            changed |= set(sent) if answer["valid"] else set()
+        self.server |= {name: torch.empty_like(self.server[name]) for name in changed}
+
+        count = len(row["clients"])
+        return {"download_bytes": down / count, "stateless_download_bytes": stateless / count,
+                "upload_bytes": up / count, "macs": macs / count}
+
+def planned_rows(config, plan=stages, history=()):
+    """Rows of a run in which ten clients (or all, if fewer) take part in every round and answer.
+
+    history: the rows of a real run, for a plan that looks at them."""
+    clients, rows = range(min(config.clients_per_round or config.clients, 10)), []
+    while True:
+        stage, _ = stage_progress(plan(config, history), len(rows))
+        if stage is None:
+            return rows
+        number = len(rows) + 1
+        kept = [sample_kept_blocks(config, stage, number, client) for client in clients]
+        answers = [{"valid": True, "missing": []} for _ in clients]
+        rows.append({"round": number, "stage": stage.number, "clients": list(clients),
+                     "kept_blocks": kept, "answers": answers, "changed": []})
+
+def cost(config, shape, images=0, train_client=local_train, plan=stages, history=()):
+    """What a client that takes part in every round pays for a whole run, without training: the
+    sums of Ledger.add() over planned_rows(), and peak_memory_bytes of its largest step.
+
+    shape: (channels, height, width) of an image; images: how many the client has, 0: plenty."""
+    ledger, total, steps = Ledger(config, shape, plan), {}, set()
+    for row in planned_rows(config, plan, history):
+        for name, value in ledger.add(row).items():
+            total[name] = total.get(name, 0) + value
+        steps |= {(ledger.stages[row["stage"]], tuple(kept)) for kept in row["kept_blocks"]}
+    peak = max(peak_memory(config, stage, shape, kept, images, train_client)
+               for stage, kept in steps)
+    return {"peak_memory_bytes": peak, **total}
+
+def peak_memory(config, stage, shape, kept=None, images=0, train_client=local_train):
+    """Peak bytes of a client's local step; kept: its blocks, by default all that are present."""
+    first = min(stage.active)
+    kept = stage.present if kept is None else kept
+    below = len([b for b in kept if b < first])  # frozen blocks are alike: only how many matters
+    kept = (*range(below), *(b for b in kept if b >= first))
+    same = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
+    stage = replace(stage, number=1, rounds=1, present=kept)
+    return metered_step(same, stage, tuple(shape), images, train_client).peak
 
 @functools.lru_cache(maxsize=None)
-def metered_step(config, stage, form, image_shape, images=0, client=local_train):
-    """The MemoryMeter of two local steps (from the second on the optimizer has its state) on fake
-    tensors, which have shapes and lifetimes but no data: the bytes of real steps on the CPU, in
-    no time. form: pairs (name, shape) of a message."""
+def metered_step(config, stage, shape, images=0, train_client=local_train):
+    """The MemoryMeter of two local steps of a client that holds the blocks stage.present; from the
+    second step on the optimizer has its state.
+
+    The tensors are fake: they have shapes and lifetimes but no data. So this takes no time, and
+    gives the bytes of real steps on the CPU."""
     batch = min(config.batch_size, images or config.batch_size)
     config = replace(config, local_epochs=1, batch_size=batch)
+    form = broadcast(initial(config, shape, "meta"), stage.present)
     with FakeTensorMode():
-        message = {name: torch.zeros(shape) for name, shape in form}
-        blank = torch.zeros(2 * batch, *image_shape, dtype=torch.uint8)  # for two steps
+        message = {name: torch.zeros(t.shape) for name, t in form.items()}
+        blank = torch.zeros(2 * batch, *shape, dtype=torch.uint8)  # images for two steps
         with MemoryMeter() as meter:
-            client(config, stage, message, blank, 1, 0)
+            train_client(config, stage, message, blank, 1, 0)
     return meter
 
-def round_cost(config, state, stage, kept):
-    """Bytes and multiply-accumulates of a round, means over its clients, if all answer."""
-    down, stateless = download_bytes(state, kept)
-    work = [config.macs(stage, blocks, state.shape) for blocks in kept.values()]
-    upload = sum(t.nbytes for name, t in state.server.items() if stage.trains(name))
-    return {"download_bytes": down, "stateless_download_bytes": stateless,
-            "upload_bytes": float(upload + REPORT_BYTES),
-            "macs": config.local_epochs * float(np.mean(work))}
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation returns, until it is freed: parameters,
+    gradients, optimizer state, activations and temporaries, the same on every machine.
 
-def cost(config, image_shape, images=0, client=local_train, plan=stages, history=(), state=None):
-    """What a client that takes part in every round pays for the whole training, without training:
-    the rounds with tensors that hold no data, and the means over up to ten clients' draws.
+    live_bytes: one number at the start and after every allocation and release."""
+    def __init__(self):
+        super().__init__()
+        self.live_bytes = [0]
+        self.seen = {}  # id of a storage -> what tells when it is freed
 
-    images: how many the client has; history: of a run whose plan looks at it; state: before the
-    first round, on the device "meta". Returns round_cost()'s keys and peak_memory_bytes."""
-    clients = range(min(config.clients_per_round or config.clients, 10))
-    state = state or start(config, image_shape, plan, "meta")
-    rows, peak = [], 0
-    while True:
-        stage, done = stage_of(plan(config, history), len(rows))
-        if stage is None:
-            return {"peak_memory_bytes": peak,
-                    **{name: sum(row[name] for row in rows) for name in rows[0]}}
-        if done == 0:
-            grow(config, state, stage)
-        kept = {one: draw_blocks(config, stage, len(rows) + 1, one) for one in clients}
-        rows.append(round_cost(config, state, stage, kept))
-        for blocks in set(kept.values()):
-            peak = max(peak, step_memory(config, stage, state.server, blocks, image_shape, images,
-                                         client))
-        state.update({name: t for name, t in state.server.items() if stage.trains(name)})
+    @property
+    def peak(self):
+        return max(self.live_bytes)
 
-# --------------------------------------------------------------------------------- the rounds
-class Average:
-    """FedAvg (McMahan et al. 2017): the mean of what clients sent, weighted by |D_n|, their images.
-    A running sum, so memory does not grow with the clients; in float64, so the mean of finite
-    uploads is finite."""
-    def __init__(self, like):
-        self.like, self.images = like, 0
-        self.total = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in like.items()}
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for key, storage in storages(result).items():
+            if key not in self.seen and key not in given:  # new memory: no view, not in place
+                self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
+                self.live_bytes.append(self.live_bytes[-1] + storage.nbytes())
+        return result
 
-    def add(self, upload, images):
-        self.images += images
-        for name, tensor in upload.items():
-            self.total[name] += images * tensor.double()
+    def freed(self, key, nbytes):
+        del self.seen[key]
+        self.live_bytes.append(self.live_bytes[-1] - nbytes)
 
-    def mean(self):
-        """name -> tensor, or {} if nobody answered."""
-        if self.images == 0:
-            return {}
-        return {n: (t / self.images).to(self.like[n].dtype) for n, t in self.total.items()}
+def storages(tree):
+    """The memory behind the tensors in nested lists and dicts: identity -> storage."""
+    found = {}
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":  # meta holds no data
+            found[leaf.untyped_storage()._cdata] = leaf.untyped_storage()
+    return found
 
-def sound(upload, expected):
-    """Whether an upload has exactly the tensors expected, and only finite numbers in them."""
-    def form(tensors):
-        return {name: (t.shape, t.dtype) for name, t in tensors.items()}
-    return form(upload) == form(expected) and all(t.isfinite().all() for t in upload.values())
-
-Report = namedtuple("Report", "accepted loss peak")  # of a client that answered; peak in bytes
-
-def run_round(config, state, stage, progress, kept, images, parts, client=local_train):
-    """One round: send, train, collect, for each client; then average. kept: client -> blocks that
-    it keeps; parts: client -> which images. Returns client -> Report, of those that answered."""
-    number, reports = len(state.history) + 1, {}
-    expected = {name: t for name, t in state.server.items() if stage.trains(name)}
-    average = Average(expected)
-    for one, blocks in kept.items():
-        if rng(config, FAILURE, number, one).random() < config.client_failure:
-            continue
-        message, own = broadcast(state.server, blocks), images[parts[one].to(images.device)]
-        with allocator_peak(images.device) as peak:
-            upload, losses = client(config, stage, message, own, number, one, progress)
-        accepted = sound(upload, expected)
-        if accepted:
-            average.add(upload, len(own))
-        reports[one] = Report(accepted, losses.mean().item(), peak())
-    if reports and not any(math.isfinite(report.loss) for report in reports.values()):
-        raise FloatingPointError(f"the loss of round {number} is not finite: take a smaller --lr")
-    state.update(average.mean())
-    return reports
-
-def new_row(number, stage, kept, price, reports, peak, seconds):
-    """What the history keeps of a round: numbers are means over its clients, blocks count from 0.
-
-    round, stage (from 1); present_blocks, active_blocks of the stage; clients that were sampled,
-    kept_blocks of each; lost: clients without an answer; rejected: whose upload was not sound;
-    loss of the uploads accepted, None without any; download_bytes of a client that keeps what it
-    received, stateless_download_bytes of one that keeps nothing; upload_bytes with REPORT_BYTES;
-    macs for one image, all local epochs; peak_memory_bytes of who needs most; seconds."""
-    losses = [report.loss for report in reports.values() if report.accepted]
-    return {
-        "round": number, "stage": stage.number, "present_blocks": list(stage.present),
-        "active_blocks": list(stage.active), "clients": list(kept),
-        "kept_blocks": [list(blocks) for blocks in kept.values()],
-        "lost": [one for one in kept if one not in reports],
-        "rejected": [one for one, report in reports.items() if not report.accepted],
-        "loss": sum(losses) / len(losses) if losses else None,
-        **price, "upload_bytes": price["upload_bytes"] * len(reports) / len(kept),
-        "peak_memory_bytes": peak, "seconds": seconds}
-
-def federate(config, dataset, state=None, on_round=None, client=local_train, plan=stages):
-    """Train by federated rounds; returns (encoder, history of rows as in new_row()). config passed
-    check(); state: to go on from, of on_round or a checkpoint; on_round(row, state): after every
-    round, may change the server by state.update(); client: like local_train; plan: like stages."""
-    images = dataset.train_images.to(pick_device(config))
-    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    state = state or start(config, dataset.shape, plan)
-    state.server = {name: t.to(images.device) for name, t in state.server.items()}
-    cold = images.is_cuda  # on a GPU, a first step allocates what is no client's memory
-
-    while True:
-        number = len(state.history) + 1
-        stage, done = stage_of(plan(config, state.history), len(state.history))
-        if stage is None:
-            return encoder_of(config, state.server, dataset.shape), state.history
-        if done == 0:
-            grow(config, state, stage)
-        kept = {one: draw_blocks(config, stage, number, one)
-                for one in sample_clients(config, number)}
-        if cold:
-            client(config, stage, state.server, images[:config.batch_size], number, 0)
-            cold = False
-        price = round_cost(config, state, stage, kept)
-        began = time.perf_counter()
-        reports = run_round(config, state, stage, done / stage.rounds, kept, images, parts, client)
-        seconds = time.perf_counter() - began
-        peaks = [report.peak for report in reports.values()]
-        if not images.is_cuda:
-            most = max(len(parts[one]) for one in kept)
-            peaks = [step_memory(config, stage, state.server, blocks, state.shape, most, client)
-                     for blocks in set(kept.values())]
-        row = new_row(number, stage, kept, price, reports, max(peaks, default=0), seconds)
-        state.history.append(row)
-        if on_round:
-            on_round(row, state)
-
-# ------------------------------ here the method ends; what follows serves the command line
-def check(config):
+# -------------------------------------------------------------------------------- the command
+def validate(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
     def must(true, name, rule):
         if not true:
@@ -573,12 +689,14 @@ def check(config):
     must(config.method == "e2e" or (grown > 0 and grown % config.blocks_per_stage == 0), "depth",
          f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus 1 if lasting")
     must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
-    must(config.clients_per_round <= config.clients, "clients", "at least --clients-per-round")
+    must(config.clients_per_round <= config.clients, "clients_per_round",
+         f"at most --clients ({config.clients})")
     must(config.rounds >= len(stages(config)), "rounds", f"{len(stages(config))} (stages) or more")
-    there = False
+    usable = False
     with contextlib.suppress(RuntimeError, AssertionError):
-        there = torch.empty(0, device=pick_device(config)).device.type in ("cpu", "cuda")
-    must(there, "device", f"cpu, or auto to take one of {torch.cuda.device_count()} GPUs")
+        usable = torch.empty(0, device=pick_device(config)).device.type in ("cpu", "cuda")
+    must(usable, "device", f"auto, cpu, or one of {torch.cuda.device_count()} CUDA GPUs (no other "
+         "kind is supported)")
 
 def without_effect(config):
     """The settings that change nothing here: nobody should believe that they were measured."""
@@ -600,6 +718,73 @@ def label(config):
         name += f" + FDD {config.depth_dropout:g}"
     return name
 
+# -- worker processes
+def start_worker(config, images, parts, train_client):
+    """Runs once in every worker process; work() then finds what it needs in work.ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parts = [torch.from_numpy(part) for part in parts]
+    work.ask = in_turn(config, torch.from_numpy(images), parts, train_client)
+
+def work(stage, round_number, progress, client, message):
+    """One client's round in a worker process. Tensors travel as numpy arrays, which are copied:
+    torch would open a file descriptor for each."""
+    message = {name: torch.from_numpy(array) for name, array in message.items()}
+    for _, answer in work.ask(stage, round_number, progress, [(client, message)]):
+        upload = {name: tensor.numpy() for name, tensor in answer.upload.items()}
+        return answer._replace(upload=upload)
+
+@contextlib.contextmanager
+def in_processes(config, images, parts, workers, train_client=local_train):
+    """The `ask` that trains the clients of a round side by side, in worker processes.
+
+    The answers equal those of in_turn() bit for bit, whatever the number of workers: every client
+    runs on one thread, and answers are yielded in the order asked. Arguments as for in_turn();
+    train_client must be a function of a module, or a functools.partial of one."""
+    arguments = config, images.numpy(), [part.numpy() for part in parts], train_client
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, arguments)
+
+    def collect(client, future):
+        answer = future.result()
+        upload = {name: torch.from_numpy(array) for name, array in answer.upload.items()}
+        return client, answer._replace(upload=upload)
+
+    def ask(stage, round_number, progress, messages):
+        waiting = deque()
+        for client, message in messages:
+            if len(waiting) > 2 * workers:  # a few at a time, so that messages take little memory
+                yield collect(*waiting.popleft())
+            arrays = {name: tensor.numpy() for name, tensor in message.items()}
+            task = pool.submit(work, stage, round_number, progress, client, arrays)
+            waiting.append((client, task))
+        while waiting:
+            yield collect(*waiting.popleft())
+
+    try:
+        yield ask
+    except BaseException:  # Ctrl-C above all: leave no process behind
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+@contextlib.contextmanager
+def reach_clients(config, dataset, train_client=local_train):
+    """Yields the `ask` that --workers stands for: in_processes(), or in_turn() in this process."""
+    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
+    workers = min(workers, config.clients_per_round or config.clients)
+    if workers == 1:
+        yield in_turn(config, dataset.train_images, parts, train_client)
+    else:
+        with in_processes(config, dataset.train_images, parts, workers, train_client) as ask:
+            yield ask
+
+# -- run folders
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
     buffer = io.BytesIO()  # torch.save, interrupted while it writes a file, can abort the process
@@ -614,36 +799,56 @@ def write(path, content):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-def load_checkpoint(folder, config, shape):
-    """The State to go on from, or None; InputError if it is damaged or does not fit."""
-    path = folder / "checkpoint.pt"
+def save_round(folder, row, state):
+    """Append the row to history.jsonl, then replace checkpoint.pt; that says how many rows count."""
+    with open(folder / "history.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    write(folder / "checkpoint.pt", {"rounds": len(state.history), "server": state.server})
+
+def load_state(folder, config, shape):
+    """The State to resume from, or None before the first round; InputError if it is damaged."""
+    path, rows = folder / "checkpoint.pt", folder / "history.jsonl"
     if not path.exists():
+        rows.unlink(missing_ok=True)
         return None
-    with in_a_sentence(f"{path} is no checkpoint of this run", "choose another --out"):
-        state, fresh = State(**load_tensors(path)), initial(config, shape, "meta")
+    with friendly_errors(f"{path} is no checkpoint of this run", "choose another --out"):
+        saved, fresh = load_tensors(path), initial(config, shape, "meta")
+        lines = rows.read_text().splitlines(keepends=True)[:saved["rounds"]]
+        state = State(saved["server"], [json.loads(line) for line in lines])
         assemble(config, state.server, shape)
-        json.dumps([list(row.items()) for row in state.history])  # rows, and plain ones
-        if (any(t.dtype != fresh[name].dtype for name, t in state.server.items())
-                or state.version.keys() != state.server.keys() or tuple(state.shape) != shape
-                or type(state.changes) is not int or {*map(type, state.held.values())} - {list}):
+        whole = len(state.history) == saved["rounds"] and all(r.keys() == ROW.keys()
+                                                              for r in state.history)
+        if not whole or any(t.dtype != fresh[name].dtype for name, t in state.server.items()):
             raise ValueError("its parts do not fit each other")
+        os.truncate(rows, sum(len(line.encode()) for line in lines))  # a row without checkpoint
         return state
 
 def load_encoder(folder):
     """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
-    with in_a_sentence(f"{folder} holds no finished run", f"train with --out {folder}"):
-        saved = json.loads((Path(folder) / "config.json").read_text())
+    folder = Path(folder).expanduser()
+    if not (folder / "encoder.pt").exists():
+        advice = "rerun its command" if (folder / "checkpoint.pt").exists() else "train with --out"
+        raise InputError(f"{folder} holds no finished run: {advice}")
+    with friendly_errors(f"{folder}/config.json cannot be read", "train again with another --out"):
+        saved = json.loads((folder / "config.json").read_text())
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
-        tensors = load_tensors(Path(folder) / "encoder.pt")
-        named = broadcast(initial(config, saved["image_shape"]), ())  # for the head
+        experiment, shape = saved["experiment"], saved["image_shape"]
+    reason = (f"the encoder in {folder} was made by experiments.{experiment.split()[0]} and is no "
+              "plain ViT" if experiment else f"{folder}/encoder.pt is damaged")
+    with friendly_errors(reason, "load it there" if experiment else "train again"):
+        named = broadcast(initial(config, shape), ())  # for the head
+        tensors = load_tensors(folder / "encoder.pt")
         named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return encoder_of(config, named, saved["image_shape"])
+        return encoder_of(config, named, shape)
 
-def refuse_another(folder, mine):
-    """Raise InputError if the folder exists and belongs to other settings or images."""
-    with in_a_sentence(f"{folder} exists and is no run folder", "choose another --out"):
-        files = folder.iterdir() if folder.exists() else ()
-        used = [p for p in files if p.name != "lock" and p.suffix != ".tmp"]
+def check_owner(folder, mine):
+    """Raise InputError unless the folder is empty or belongs to the same settings and images."""
+    used = [path for path in folder.iterdir() if path.suffix != ".tmp"]
+    if used and not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds other files and is no run folder: choose another --out")
+    with friendly_errors(f"{folder}/config.json is damaged", "choose another --out"):
         saved = json.loads((folder / "config.json").read_text()) if used else mine
         different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
     for name in different:
@@ -652,26 +857,36 @@ def refuse_another(folder, mine):
 
 @contextlib.contextmanager
 def run_folder(config, dataset, experiment=""):
-    """Open a run's folder, for this process alone: yields (folder, State to go on from). It belongs
-    to settings, images and experiment; others are refused, nothing touched."""
-    mine = {k: v for k, v in asdict(config).items() if k not in ("device", "out", "cache")}
-    mine |= {"experiment": experiment, "image_shape": list(dataset.shape),
-             "images_sha256": dataset.digest()}
+    """Open a run's folder for this process alone: yields (folder, State to resume from).
+
+    A folder belongs to its settings, its images (their content, wherever the file lies) and its
+    experiment. Others are refused, and nothing is touched."""
+    elsewhere = ("data", "images", "device", "workers", "out", "cache")  # no part of the identity
+    mine = {name: value for name, value in asdict(config).items() if name not in elsewhere}
+    mine |= {"augment": recipe_name(config), "experiment": experiment,
+             "image_shape": list(dataset.shape), "images_sha256": dataset.digest()}
     slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
     folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
-    initial(config, dataset.shape, "meta")  # raises if the patches or the clients do not fit
-    data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    refuse_another(folder, mine)
-    with contextlib.ExitStack() as held:
-        with in_a_sentence(f"cannot work in {folder}", "choose another --out or wait for it"):
+    folder = folder.expanduser()
+    initial(config, dataset.shape, "meta")  # raises if the patches do not fit
+
+    with contextlib.ExitStack() as stack:
+        with friendly_errors(f"{folder} cannot be a run folder", "choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(data.lock(folder / "lock", wait=False))
-            refuse_another(folder, mine)  # again, now that the folder is ours
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)  # a killed process lets go of it as well
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process works in {folder}: wait for it, or choose "
+                                 "another --out") from None
+            check_owner(folder, mine)
             for left_behind in folder.glob("*.tmp"):
                 left_behind.unlink()
             write(folder / "config.json", mine)
-        yield folder, load_checkpoint(folder, config, dataset.shape)
+        yield folder, load_state(folder, config, dataset.shape)
 
+# -- tables
 COLUMNS = {  # of a table: (heading, unit, digits)
     "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
     "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
@@ -681,9 +896,12 @@ COLUMNS = {  # of a table: (heading, unit, digits)
     "seconds": ("seconds", 1, 0)}
 
 def cell(value, unit, digits):
+    """A number as text, or mean and standard deviation of several; small ones get more digits."""
     if isinstance(value, str):
         return value
     numbers = np.atleast_1d(value) / unit
+    if np.mean(numbers) > 0:
+        digits = max(digits, 1 - math.floor(math.log10(np.mean(numbers))))
     spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) > 0 else ""
     return f"{np.mean(numbers):.{digits}f}{spread}"
 
@@ -697,43 +915,64 @@ def table(rows, columns=COLUMNS):
     return "\n".join(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:]))
                      for name, *cells in lines)
 
-def train(config, dataset, folder, state=None, on_round=None, client=local_train, plan=stages):
+def round_line(config, row, stage, costs, peak):
+    """What train() prints after a round."""
+    blocks = ["".join("A" if b in stage.active else "+" if b in kept else "."
+                      for b in stage.present) for kept in row["kept_blocks"][:3]]
+    answered = {answer["client"] for answer in row["answers"]}
+    notes = [f"lost: client {client}" for client in row["clients"] if client not in answered]
+    notes += [f"rejected: client {a['client']}" for a in row["answers"] if not a["valid"]]
+    return (f"{row['stage']:>5} {row['round']:>6} {mean_loss(row):7.3f} "
+            f"{costs['download_bytes'] / 1e6:8.3f} {costs['upload_bytes'] / 1e6:8.3f} "
+            f"{peak / 2**20:9.1f} {row['seconds']:8.2f}  {' '.join(blocks + notes)}")
+
+def mean_loss(row):
+    """Mean loss of the clients whose upload was valid; NaN without any."""
+    losses = [answer["loss"] for answer in row["answers"] if answer["valid"]]
+    return sum(losses) / len(losses) if losses else math.nan
+
+# -- the command itself
+def train(config, dataset, folder, state=None, train_client=local_train, ask=None, plan=stages,
+          on_round=None):
     """federate(), with a line and a checkpoint after each round, and the encoder at the end."""
-    print(f"\n{label(config)}; blocks are A active, + frozen, . dropped; bytes and peak memory are "
-          "a client's\nstage  round    loss  down MB    up MB  peak MiB  seconds  blocks")
+    channels, height, width = dataset.shape
+    print(f"\n{label(config)}; images of {height} x {width} pixels, channels: {channels}\n"
+          "Blocks are A active, + frozen, . dropped; bytes and peak memory are one client's.\n"
+          "stage  round    loss  down MB    up MB  peak MiB  seconds  blocks", flush=True)
+    ledger = Ledger(config, dataset.shape, plan)
+    for row in state.history if state else ():
+        ledger.add(row)
 
     def after(row, state):
         if on_round:
             on_round(row, state)
-        write(folder / "checkpoint.pt", vars(state))
-        notes = []
-        for kept in row["kept_blocks"][:3]:
-            notes.append("".join("A" if b in row["active_blocks"] else "+" if b in kept else "."
-                                 for b in row["present_blocks"]))
-        notes += [f"{what}: client {one}" for what in ("lost", "rejected") for one in row[what]]
-        loss = math.nan if row["loss"] is None else row["loss"]
-        print(f"{row['stage']:>5} {row['round']:>6} {loss:7.3f} {row['download_bytes'] / 1e6:8.3f} "
-              f"{row['upload_bytes'] / 1e6:8.3f} {row['peak_memory_bytes'] / 2**20:9.1f} "
-              f"{row['seconds']:8.2f} ", *notes, flush=True)
+        save_round(folder, row, state)
+        stage = ledger.stages[row["stage"]]
+        most = max([answer["images"] for answer in row["answers"]], default=0)
+        peak = max(peak_memory(config, stage, dataset.shape, tuple(kept), most, train_client)
+                   for kept in row["kept_blocks"])
+        print(round_line(config, row, stage, ledger.add(row), peak), flush=True)
 
-    encoder, history = federate(config, dataset, state, after, client, plan)
-    write(folder / "history.json", history)
-    write(folder / "encoder.pt", {name: t.cpu() for name, t in encoder.state_dict().items()})
+    with contextlib.ExitStack() as stack:
+        ask = ask or stack.enter_context(reach_clients(config, dataset, train_client))
+        encoder, history = federate(config, dataset, state, train_client, ask, plan, after)
+    write(folder / "encoder.pt", encoder.state_dict())
     return encoder, history
 
-def price_of(config, dataset, client=local_train, plan=stages, history=()):
+def price_of(config, dataset, train_client=local_train, plan=stages, history=()):
     """cost() of a run on these images."""
     parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    price = cost(config, dataset.shape, max(map(len, parts)), client, plan, history)
+    price = cost(config, dataset.shape, max(map(len, parts)), train_client, plan, history)
     if config.clients == 1:  # no federation, nothing is sent
         price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
     return price
 
-def result(config, dataset, encoder, history, client=local_train, plan=stages):
-    """The row of a trained method: accuracies, what a client paid, and seconds of training."""
-    judged = evaluate(encoder.to(pick_device(config)), dataset, recipe(config))
+def result(config, dataset, encoder, history, train_client=local_train, plan=stages):
+    """The row of a trained method: accuracies, a client's costs, and seconds of training."""
+    accuracies = evaluate(encoder.to(pick_device(config)), dataset, recipe_name(config))
     seconds = sum(row["seconds"] for row in history)
-    return judged | price_of(config, dataset, client, plan, history) | {"seconds": seconds}
+    costs = price_of(config, dataset, train_client, plan, history)
+    return accuracies | costs | {"seconds": seconds}
 
 def run(config):
     """Train one method, and show it beside raw pixels and what end-to-end training costs."""
@@ -741,12 +980,12 @@ def run(config):
     with run_folder(config, dataset) as (out, state):
         summary = out / "summary.json"
         if summary.exists():
-            with in_a_sentence(f"{summary} is damaged", "delete it, and run the same command"):
+            with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
                 saved = table(json.loads(summary.read_text()))
             print(f"{out} is finished:\n{saved}")
             return
         encoder, history = train(config, dataset, out, state)
-        raw = evaluate(None, dataset, recipe(config), pick_device(config))
+        raw = evaluate(None, dataset, recipe_name(config), pick_device(config))
         rows = {"raw pixels": raw, label(config): result(config, dataset, encoder, history)}
         if config.method != "e2e":
             price, whole = rows[label(config)], price_of(replace(config, method="e2e"), dataset)
@@ -754,7 +993,9 @@ def run(config):
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images; moved: under one random "
-              f"view each. Costs are a client's.\nEncoder, rounds and this table are in {out}")
+              f"view each. Costs are one client's.\nEncoder, history and this table are in {out}")
+        if dataset.train_labels.bincount().min() < 10:
+            print("Some class has fewer than 10 training images: '10 labels' takes all of its.")
 
 class Parser(argparse.ArgumentParser):
     """A flag for every field of Config, in groups; wrong ones raise InputError."""
@@ -774,6 +1015,7 @@ class Parser(argparse.ArgumentParser):
 
 def command(body):
     """Run a command: wrong input is one sentence and exit status 2, what fails is status 1."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know the sign for plus or minus
     try:
         body()
     except InputError as error:
@@ -781,19 +1023,22 @@ def command(body):
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"{error} and another --out")
+    except BrokenProcessPool:
+        sys.exit("a worker process was killed: rerun the command to resume, with fewer --workers "
+                 "if memory was short")
     except OSError as error:
-        sys.exit(f"{error}: what was saved before is whole, the same command goes on")
+        sys.exit(f"{error}: what was saved before is whole, rerun the command to resume")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
 
 def main(arguments=None):
     given = vars(Parser(__doc__.split("\n\n")[0]).parse_args(arguments))
     config = Config(**given)
-    check(config)
+    validate(config)
     for name in without_effect(config):
         if name in given:
-            raise InputError(f"--{name.replace('_', '-')} changes nothing here: leave it out")
+            print(f"note: --{name.replace('_', '-')} changes nothing here")
     run(config)
 
 if __name__ == "__main__":

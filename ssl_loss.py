@@ -1,16 +1,11 @@
-"""Self-supervision: the loss, the head, the local step, the memory meter, what judges features.
+"""Self-supervision: the contrastive loss, the projection head, micro-batches, and evaluation.
 
-NT-Xent is SimCLR's loss (Chen et al. 2020, equation 1). `contrastive_step` is every method's local
-step; with micro-batches it caches gradients (GradCache, Gao et al. 2021) to save memory.
+NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by what its
+features, or those of augmented test images, tell a nearest-neighbour vote and a linear classifier.
 """
-import contextlib
-import weakref
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 
@@ -48,92 +43,39 @@ class ProjectionHead(nn.Sequential):
             nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU(inplace=True),
             nn.Linear(hidden, out, bias=False))
 
-def contrastive_step(below, rest, head, views, criterion, micro_batch=0):
-    """Forward and backward of one local step on views [2B, C, H, W]; returns the loss, detached.
+def contrastive_loss(config, z, chunks):
+    """The criterion of a local step: NT-Xent of z [2B, D], the projections of both views.
 
-    below, rest, head: from in_three(); criterion: z [2B, D] -> loss. micro_batch = M > 0 keeps the
-    graph of 2M views at a time. Gradients land in what trains."""
-    if not micro_batch:
-        loss = criterion(head(rest(below(views))))
-        loss.backward()
-        return loss.detach()
-    chunks = [below(chunk) for chunk in views.split(2 * micro_batch)]  # 1. frozen blocks, once
-    del views
+    chunks: the frozen blocks' output for all 2B views, a list of micro-batches (of images where
+    the embedding trains). NT-Xent does not need it; other criteria do."""
+    return nt_xent(*z.chunk(2), config.temperature)
+
+def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss):
+    """fllw.local_step() with the graph of config.micro_batch images at a time (GradCache, Gao et
+    al. 2021): the same gradients in less memory, for a second forward pass of what trains."""
+    encoder, first, size = learner.encoder, min(stage.active), 2 * config.micro_batch
+    autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
+
+    def active(x):  # tokens, or images where the embedding trains -> features [2M, D]
+        with autocast:
+            return encoder.upper(x, first) if first else encoder(x)
+
     with torch.no_grad():
-        features = torch.cat([rest(chunk) for chunk in chunks])        # 2. all features, no graph
+        with autocast:
+            chunks = [encoder.lower(chunk, first) if first else chunk  # 1. frozen blocks, once
+                      for chunk in views.split(size)]
+        del views
+        features = torch.cat([active(chunk) for chunk in chunks])      # 2. all features, no graph
     features.requires_grad_()
-    loss = criterion(head(features))                                   # 3. head and loss, once
+    with autocast:
+        z = learner.head(features)                                     # 3. head and loss, once
+    loss = criterion(config, z, chunks)
     loss.backward()
-    for chunk, gradient in zip(chunks, features.grad.split(2 * micro_batch)):
-        rest(chunk).backward(gradient)                                 # 4. each with its graph
+    for chunk, gradient in zip(chunks, features.grad.split(size)):
+        active(chunk).backward(gradient)                               # 4. each with its graph
     return loss.detach()
 
-def in_three(config, learner, stage):
-    """The learner as three functions: what lies below the first active block, without a graph,
-    images -> tokens (or images as they are where the embedding trains); the rest, these ->
-    features [B, D]; the head."""
-    encoder, first = learner.encoder, min(stage.active)
-    device = next(learner.parameters()).device
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
-
-    @amp
-    @torch.no_grad()
-    def below(images):
-        return encoder.lower(images, first) if first else images
-
-    @amp
-    def rest(x):
-        return encoder.upper(x, first) if first else encoder(x)
-
-    return below, rest, amp(learner.head.forward)
-
-# --------------------------------------------------------------------------------------- memory
-class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation returns, until it is freed: parameters,
-    gradients, optimizer state, activations and temporaries, the same on every machine.
-
-    live_bytes: one number at the start and after every allocation and release."""
-    def __init__(self):
-        super().__init__()
-        self.live_bytes = [0]
-        self.seen = {}  # id of a storage -> what tells when it is freed
-
-    @property
-    def peak(self):
-        return max(self.live_bytes)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
-        for key, storage in storages(result).items():
-            if key not in self.seen and key not in given:  # new memory: no view, not in place
-                self.seen[key] = weakref.finalize(storage, self.freed, key, storage.nbytes())
-                self.live_bytes.append(self.live_bytes[-1] + storage.nbytes())
-        return result
-
-    def freed(self, key, nbytes):
-        del self.seen[key]
-        self.live_bytes.append(self.live_bytes[-1] - nbytes)
-
-@contextlib.contextmanager
-def allocator_peak(device):
-    """Yields a function: the peak bytes that a GPU's allocator took since; 0 on the CPU."""
-    if device.type != "cuda":
-        yield lambda: 0
-        return
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    yield lambda: torch.cuda.max_memory_allocated(device) - before
-
-def storages(tree):
-    """The memory behind the tensors in nested lists and dicts: identity -> storage."""
-    found = {}
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":  # meta holds no data
-            found[leaf.untyped_storage()._cdata] = leaf.untyped_storage()
-    return found
-
-# --------------------------------------------------------------------------- what judges features
+# ----------------------------------------------------------------------------------- evaluation
 def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
     """Accuracy in % of k nearest neighbours by cosine, votes weighted exp(similarity / t), after Wu
     et al. 2018. train: [N, D], test: [M, D], labels: int64."""
@@ -201,9 +143,14 @@ def logistic(x, y, penalty):
 
 @torch.no_grad()
 def features(encoder, images, batch=500):
-    """Features of uint8 images [N, C, H, W] -> float32 [N, dim], on the encoder's device."""
+    """Features of uint8 images [N, C, H, W] -> float32 [N, dim], on the encoder's device.
+
+    Raises FloatingPointError if training has diverged: some features are not finite."""
     device = next(encoder.parameters()).device
-    return torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
+    result = torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
+    if not result.isfinite().all():
+        raise FloatingPointError("the encoder's features are not finite: take a smaller --lr")
+    return result
 
 def evaluate(encoder, dataset, recipe, device="cpu"):
     """Accuracies in % of an encoder, or, if it is None, of raw pixels on the device: knn and

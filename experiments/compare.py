@@ -20,7 +20,8 @@ from torch import nn
 
 import data
 import fllw
-from fllw import Config, InputError, in_a_sentence, table
+from data import InputError, friendly_errors
+from fllw import Config, table
 from ssl_loss import evaluate, first_of_each_class
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +57,7 @@ def variants(config, one_block_lr=None):
 
 def possible(config):
     with contextlib.suppress(InputError):
-        fllw.check(config)
+        fllw.validate(config)
         return True
 
 def matched(rows, key, shape):
@@ -129,7 +130,7 @@ def measure(key, one, dataset, out, epochs, labels):
     with fllw.run_folder(one, dataset, experiment) as (folder, state):
         summary = folder / "summary.json"
         if summary.exists():
-            with in_a_sentence(f"{summary} is damaged", "delete it, and run the same command"):
+            with friendly_errors(f"{summary} is damaged", "delete it, and run the same command"):
                 saved = json.loads(summary.read_text())
                 return {column: float(saved[column]) for column in saved}
         if key in BASELINES:
@@ -138,13 +139,13 @@ def measure(key, one, dataset, out, epochs, labels):
                 encoder = fllw.encoder_of(one, fllw.initial(one, dataset.shape), dataset.shape)
                 encoder.to(device)
             if key != "scratch":
-                row = evaluate(encoder, dataset, fllw.recipe(one), device)
+                row = evaluate(encoder, dataset, fllw.recipe_name(one), device)
         else:
             encoder, history = fllw.train(one, dataset, folder, state)
             row = fllw.result(one, dataset, encoder, history)
         if tuned:
             draws = fllw.generator(one, fllw.pick_device(one), 100)
-            mild = MILD["digits" if fllw.recipe(one) == "digits" else "natural"]
+            mild = MILD["digits" if fllw.recipe_name(one) == "digits" else "natural"]
             row["finetuned"] = finetune(encoder, dataset, mild, draws, epochs,
                                         labels_per_class=labels, amp=one.amp)
         fllw.write(summary, row)
@@ -176,7 +177,7 @@ def main():
     if not min(epochs, labels, alone_lr) >= 0:
         raise InputError("--finetune, --labels-per-class, --one-block-lr must be 0 or more")
     config = Config(**given, depth_dropout=0.0)
-    fllw.check(replace(config, seed=min(seeds)))
+    fllw.validate(replace(config, seed=min(seeds)))
     dataset = data.load(config.data, config.cache, config.images)
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}")
     plan = variants(config, alone_lr or given.get("lr", 4e-3)) | dict.fromkeys(BASELINES, config)
