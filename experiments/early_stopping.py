@@ -1,22 +1,31 @@
-"""A stage ends when its loss on held-out images stops falling, and tunes its own learning rate.
+"""Can a stage end when it has nothing more to learn, and find its own learning rate?
+
+    python -m experiments.early_stopping --encoders cnn vit
 
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
 Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules follow a separation
 index, which needs them. Here each client holds back a tenth of its images and reports, instead of
 its training loss, the NT-Xent of the model it receives on them. A stage starts with twice --lr; a
 round that does not lower the clients' mean halves the rate (a line search, a trial a round); after
-a few such rounds in a row it is over. ViT or CNN. Exact resume holds as in fllw.py.
+a few such rounds in a row it is over. Each row and seed has a run folder in --out: rerun the
+command to resume.
 """
-import json
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.early_stopping")
+
+import math
 import sys
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
 import fllw
-from experiments.compare import save, table
+from data import InputError
+from experiments import once, parse
+from experiments.compare import save
 from ssl_loss import nt_xent
 
 HELD_OUT = 200  # what its draws are for
@@ -26,7 +35,7 @@ CASES = {"all rounds": {"patience": 0}, "early": {"tuned": False}, "early tuned"
 
 @dataclass(frozen=True)
 class Settings(fllw.Config):
-    encoder: str = "vit"
+    encoder: str = "vit"  # or "cnn"
     patience: int = 2  # rounds; 0: every stage has all its rounds, and a cosine
     tolerance: float = 0.03
     tuned: bool = True  # or the rate is --lr throughout
@@ -41,12 +50,14 @@ class Settings(fllw.Config):
         if self.encoder == "vit":
             return super().macs(stage, kept, image_shape)
         height, width = image_shape[1:]
+        trained = 4 if self.micro_batch else 3
         total = 3 * self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
         for name, tensor in fllw.initial(self, image_shape, "meta").items():
             if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
                 height, width = (height + 1) // 2, (width + 1) // 2
-                total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
-        return 2 * total  # as fllw.macs counts
+                times = trained if stage.trains(name) else 1
+                total += times * height * width * tensor.numel()
+        return 2 * total  # as fllw.count_macs does
 
 @dataclass(frozen=True)
 class Stage(fllw.Stage):
@@ -73,9 +84,13 @@ class CNN(nn.Module):  # blocks of conv 3x3, norm, ReLU halve the image and doub
         return self.upper(images, 0)
 
 def follow(losses, patience, tolerance):
-    """(how often the losses did not fall, after how many they had not `patience` times running)."""
-    best, failures, in_a_row = float("inf"), 0, 0
+    """(how often the losses did not fall, after how many they had not `patience` times running).
+
+    NaN is the loss of a round in which nobody answered: it says nothing."""
+    best, failures, in_a_row = math.inf, 0, 0
     for done, loss in enumerate(losses, 1):
+        if math.isnan(loss):
+            continue
         if loss < best - tolerance:
             best, in_a_row = loss, 0
         else:
@@ -88,60 +103,66 @@ def plan(config, history):
     """fllw.stages, each as long as its held-out loss falls, with its rate."""
     result = []
     for stage in fllw.stages(config):
-        losses = [row["loss"] for row in history if row["stage"] == stage.number and row["loss"]]
+        losses = [fllw.mean_loss(row) for row in history if row["stage"] == stage.number]
         failures, over = follow(losses, config.patience, config.tolerance)
         rate = 2 * config.lr / 2**failures if config.tuned else config.lr
         result.append(Stage(stage.number, stage.present, stage.active, over or stage.rounds, rate))
     return result
 
-def early_train(config, stage, message, images, number, client, progress=0.0):
+def early_train(config, stage, message, images, round_number, client, progress=0.0):
     """A client's work; its loss is that of the model received on a tenth of its images, held out.
     Two batches always stay to train on; a client with no more reports its training loss."""
     held = max(0, min(len(images) // 10, len(images) - 2 * config.batch_size))
     forever = replace(stage, rounds=10**9)  # its cosine stays at the top
     upload, losses = fllw.local_train(replace(config, lr=stage.rate), forever, message,
-                                      images[held:], number, client)
+                                      images[held:], round_number, client)
     if held:
-        learner = fllw.receive(config, message, images.shape[1:], stage).requires_grad_(False)
-        frozen, active, head = fllw.in_three(config, learner, stage)
+        learner = fllw.assemble(config, message, images.shape[1:]).requires_grad_(False)
         same = fllw.generator(config, images.device, HELD_OUT, client)  # views in every round
-        views = data.two_views(images[:held], data.RECIPES[fllw.recipe(config)], same)
-        losses = nt_xent(*head(active(frozen(views))).chunk(2), config.temperature)
+        views = data.two_views(images[:held], data.RECIPES[fllw.recipe_name(config)], same)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
+            z = learner.head(learner.encoder(views))
+        losses = nt_xent(*z.chunk(2), config.temperature)
     return upload, losses
 
 def run(config, dataset):
-    client, plan_of = (early_train, plan) if config.patience else (fllw.local_train, fllw.stages)
-    with fllw.run_folder(config, dataset, "early stopping") as (folder, state):
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
-        done = fllw.train(config, dataset, folder, state, client=client, plan=plan_of)
-        row = fllw.result(config, dataset, *done, client, plan_of) | {"rounds": len(done[1])}
-        fllw.write(folder / "summary.json", row)
-        return row
+    """The columns of a row with one seed."""
+    train_client = early_train if config.patience else fllw.local_train
+    plan_of = plan if config.patience else fllw.stages
+
+    def work(folder, state):
+        encoder, history = fllw.train(config, dataset, folder, state, train_client, plan=plan_of)
+        columns = fllw.result(config, dataset, encoder, history, train_client, plan_of)
+        return columns | {"rounds": len(history)}
+    return once(config, dataset, "early_stopping", work)
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.early_stopping")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="instead of --seed")
-    parser.add_argument("--encoders", nargs="+", choices=("vit", "cnn"), default=["cnn", "vit"])
-    given = vars(parser.parse_args(arguments))
-    for fixed in {"method", "new_block", "depth_dropout", "seed"} & given.keys():
-        raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
-    seeds, encoders, out = given.pop("seeds"), given.pop("encoders"), given.pop("out", "runs/early")
+    parser.add_argument_group("early stopping").add_argument(
+        "--encoders", nargs="+", choices=("vit", "cnn"), default=["cnn", "vit"])
+    given = parse(parser, arguments, {"method", "new_block", "depth_dropout", "seed"})
+    seeds, encoders, name = (given.pop(flag) for flag in ("seeds", "encoders", "save"))
+    out = given.pop("out", "runs/early")
     config, rows = Settings(**{"images": 1000, "rounds": 60, "depth_dropout": 0.0, **given}), {}
+    for seed in seeds:
+        fllw.validate(replace(config, seed=seed))
+    if config.dim < 4 and "cnn" in encoders:
+        raise InputError(f"--dim must be 4 or more for the CNN, it is {config.dim}")
     dataset = data.load(config.data, config.cache, config.images)
     for encoder in encoders:
-        for name, change in CASES.items():
+        for case, change in CASES.items():
             new_block = "copy" if encoder == "vit" else "fresh"  # blocks of a CNN differ in shape
             one, done = replace(config, encoder=encoder, new_block=new_block, **change), []
-            fllw.check(replace(one, seed=min(seeds)))
             for i, seed in enumerate(seeds):
-                if name == "as many evenly":
+                if case == "as many evenly":
                     one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])
-                folder = f"{out}/{encoder}-{name.replace(' ', '-')}-{seed}"
+                folder = f"{out}/{encoder}-{case.replace(' ', '-')}-{seed}"
                 done.append(run(replace(one, seed=seed, out=folder), dataset))
-            rows[f"{encoder} {name}"] = {key: [row[key] for row in done] for key in done[0]}
-    print(table(rows, {"rounds": ("rounds", 1, 1), **fllw.COLUMNS}))
-    save("early_stopping", "python -m experiments.early_stopping " + " ".join(sys.argv[1:]), rows)
+            rows[f"{encoder} {case}"] = {key: [row[key] for row in done] for key in done[0]}
+    if name:
+        save(name, "python -m experiments.early_stopping " + " ".join(sys.argv[1:]), rows)
+    columns = {"rounds": ("rounds", 1, 1), **fllw.COLUMNS}
+    print(f"\n{fllw.table(rows, columns)}")
 
 if __name__ == "__main__":
     fllw.command(main)

@@ -1,13 +1,17 @@
-"""Two sensors, two encoders, grown layer by layer under a contrastive loss between them.
+"""Can two encoders, one for each sensor, grow layer by layer under a loss between them?
 
-Tun et al. 2024, "Resource-Efficient Federated Multimodal Learning via Layer-wise and Progressive
-Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021, 2103.00020). What differs: the
-sensors are the halves of a grey image, or luma and chroma of a colour image (Tian et al. 2020,
-1906.05849); of four clients the third lacks the second sensor and the fourth the first: without
-pairs they train what they have with NT-Xent. Costs: a client with both. Resume is exact.
+    python -m experiments.multimodal
+
+After Tun et al. 2024, "Resource-Efficient Federated Multimodal Learning via Layer-wise and
+Progressive Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021, 2103.00020). What
+differs: the sensors are the halves of a grey image, or luma and chroma of a colour image (Tian et
+al. 2020, 1906.05849). Of four clients the third lacks the second sensor and the fourth the first:
+they have no pairs, train what they have with NT-Xent, and upload that. Costs are those of a client
+with both. Each row and seed has a run folder in --out: rerun the command to resume.
 """
-import functools
-import json
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.multimodal")
+
 import sys
 from dataclasses import dataclass, replace
 
@@ -17,8 +21,12 @@ from torch import nn
 
 import data
 import fllw
-from experiments.compare import save, table
-from ssl_loss import ProjectionHead, contrastive_step, features
+from data import InputError
+from experiments import once, parse
+from experiments.compare import save
+from ssl_loss import ProjectionHead, features
+
+LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
 @dataclass(frozen=True)
 class Settings(fllw.Config):
@@ -28,13 +36,17 @@ class Settings(fllw.Config):
 
     def macs(self, stage, kept, image_shape):  # of two encoders with one view each
         return super().macs(stage, kept, (image_shape[0] / 2, *image_shape[1:]))
-LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
 def split(images):
-    """uint8 [N, C, H, W] -> channel 0 is the first sensor's: grey halves, or luma and chromas."""
+    """What the sensors see: uint8 [N, C, H, W] -> the same, channel 0 is the first sensor's.
+
+    C = 1: the upper and the lower half of the image. C = 3: luma and both chromas. Else (RGBA, the
+    slices of a volume): the first channel and the others."""
     if images.shape[1] == 1:
         half = images.shape[2] // 2
         return torch.cat([images[:, :, :half], images[:, :, -half:]], 1)
+    if images.shape[1] != 3:
+        return images
     jpeg = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     mixed = torch.einsum("dc,nchw->ndhw", jpeg, images.float())
     mixed[:, 1:] += 128
@@ -80,32 +92,30 @@ class Learner(nn.Module):
         for sensor in config.sensors.split():
             self.head[sensor] = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
-def clip(z, temperature):
+def clip(config, z, chunks=None):
     """Cross entropy of each sensor's B rows among the other's, both ways, mean. z: [2B, D]."""
     first, second = F.normalize(z.float(), dim=1).chunk(2)
-    similarity, own = first @ second.T / temperature, torch.arange(len(first), device=z.device)
+    similarity = first @ second.T / config.temperature
+    own = torch.arange(len(first), device=z.device)
     return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
-def two_sensor_train(config, stage, message, images, number, client, progress=0.0):
-    """A client's work; what it lacks it ignores and uploads as received: no change in the mean."""
+def view_of_each(images, recipe, draws):
+    """Two views of an image, one for each sensor: uint8 [B, C, H, W] -> float32 [B, C, H, W]."""
+    one, other = data.two_views(images, recipe, draws).chunk(2)
+    return torch.cat([one[:, :1], other[:, 1:]], 1)
+
+def two_sensor_train(config, stage, message, images, round_number, client, progress=0.0):
+    """A client's work: fllw.local_train() of the sensors that it has, of which it sends all."""
     there = [sensor for sensor in config.sensors.split() if sensor != LACKS.get(client % 4)]
     mine = {n: t for n, t in message.items() if any(f".{sensor}." in n for sensor in there)}
-
-    def step(frozen, active, head, views, criterion, micro_batch):
-        if len(there) == 2:
-            one, other = views.chunk(2)  # a view of its own for each sensor
-            views = torch.cat([one[:, :1], other[:, 1:]], 1)
-            criterion = functools.partial(clip, temperature=config.temperature)
-        return contrastive_step(frozen, active, head, views, criterion, micro_batch)
-
-    upload, losses = fllw.local_train(replace(config, sensors=" ".join(there)), stage, mine, images,
-                                      number, client, progress, step)
-    return {n: upload.get(n, t) for n, t in message.items() if stage.trains(n)}, losses
+    config = replace(config, sensors=" ".join(there))
+    pairs = dict(make_views=view_of_each, criterion=clip) if len(there) == 2 else {}
+    return fllw.local_train(config, stage, mine, images, round_number, client, progress, **pairs)
 
 @torch.no_grad()
 def retrieval(config, server, dataset):
     """How often the first sensor's own image is among the k nearest to the second's, in %."""
-    learner = fllw.assemble(config, server, dataset.shape)
+    learner = fllw.assemble(config, server, dataset.shape).to(fllw.pick_device(config))
     z = learner.head(features(learner.encoder, dataset.test_images))  # one batch for its norm
     first, second = F.normalize(z, dim=1).chunk(2)
     similarity = second @ first.T
@@ -113,38 +123,41 @@ def retrieval(config, server, dataset):
     return {f"top{k}": 100 * (nearer < k).double().mean().item() for k in (1, 5)}
 
 def run(config, dataset):
-    with fllw.run_folder(config, dataset, "multimodal") as (folder, state):
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
-        state = state or fllw.start(config, dataset.shape)
-        done = fllw.train(config, dataset, folder, state, client=two_sensor_train)
-        row = {**fllw.result(config, dataset, *done, client=two_sensor_train),
-               **retrieval(config, state.server, dataset)}
-        fllw.write(folder / "summary.json", row)
-        return row
+    """The columns of a row with one seed."""
+    def work(folder, state):
+        state = state or fllw.State({}, [])  # retrieval() needs the server's heads
+        encoder, history = fllw.train(config, dataset, folder, state, two_sensor_train)
+        columns = fllw.result(config, dataset, encoder, history, two_sensor_train)
+        return columns | retrieval(config, state.server, dataset)
+    return once(config, dataset, "multimodal", work)
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.multimodal")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="instead of --seed")
-    given = vars(parser.parse_args(arguments))  # "digits" is a recipe that leaves colours alone
-    for fixed in {"method", "new_block", "seed"} & given.keys():
-        raise data.InputError(f"--{fixed.replace('_', '-')} differs from row to row or is fixed")
-    seeds, rows, out = given.pop("seeds"), {}, given.pop("out", "runs/multimodal")
+    given = parse(parser, arguments, {"method", "new_block", "seed"})
+    seeds, name, out = given.pop("seeds"), given.pop("save"), given.pop("out", "runs/multimodal")
     config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, "clients": 4,
                          "augment": "digits", **given})
-    whole = data.load(config.data, config.cache, config.images)
+    for seed in seeds:
+        fllw.validate(replace(config, seed=seed))
+    if data.RECIPES[fllw.recipe_name(config)].jitter:
+        raise InputError("--augment must be digits: the other views mix the sensors' channels")
+    whole, rows = data.load(config.data, config.cache, config.images), {}
     dataset = whole._replace(train_images=split(whole.train_images),
                              test_images=split(whole.test_images))
-    for name, method, depth in (("end-to-end", "e2e", config.depth), ("one-block", "e2e", 1),
-                                ("FLL", "fll", config.depth)):
+    height, width = dataset.shape[1:]
+    if height < 1 or height % config.patch_size or width % config.patch_size:
+        raise InputError(f"--patch-size {config.patch_size} must divide what a sensor sees, "
+                         f"{height} x {width} pixels")
+    for row, method, depth in (("end-to-end", "e2e", config.depth), ("one-block", "e2e", 1),
+                               ("FLL", "fll", config.depth)):
         one = replace(config, method=method, depth=depth)
-        fllw.check(replace(one, seed=min(seeds)))
-        done = [run(replace(one, seed=seed, out=f"{out}/{name}-seed{seed}"), dataset)
+        done = [run(replace(one, seed=seed, out=f"{out}/{row}-seed{seed}"), dataset)
                 for seed in seeds]
-        rows[name] = {column: [row[column] for row in done] for column in done[0]}
+        rows[row] = {column: [columns[column] for columns in done] for column in done[0]}
+    if name:
+        save(name, "python -m experiments.multimodal " + " ".join(sys.argv[1:]), rows)
     columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **fllw.COLUMNS}
-    print(table(rows, columns))
-    save("multimodal", "python -m experiments.multimodal " + " ".join(sys.argv[1:]), rows)
+    print(f"\n{fllw.table(rows, columns)}")
 
 if __name__ == "__main__":
     fllw.command(main)

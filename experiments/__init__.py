@@ -1,0 +1,60 @@
+"""One file per question: run it as `python -m experiments.NAME`; README.md here has the answers.
+
+What follows is what several experiments share beside compare.py.
+"""
+import argparse
+import multiprocessing
+import signal
+import sys
+
+# Importing torch takes a second or more. Ctrl-C in that time should end the process quietly, not
+# with a traceback out of torch; fllw.command() handles Ctrl-C from then on. While Python looks for
+# the module of `python -m experiments.NAME`, sys.argv[0] is "-m"; who imports these files from
+# elsewhere, pytest for instance, keeps its own handler. Worker processes start in the same way.
+starting = sys.argv[0] == "-m" or multiprocessing.parent_process() is not None
+if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import json
+
+import fllw
+from data import InputError, friendly_errors
+
+def once(config, dataset, experiment, work):
+    """The columns {name: number} of a run: read back if its folder has them, else work(folder,
+    state), which are then kept there. experiment: "NAME" or "NAME and what else sets it apart"."""
+    with fllw.run_folder(config, dataset, experiment) as (folder, state):
+        summary = folder / "summary.json"
+        if summary.exists():
+            with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
+                columns = json.loads(summary.read_text())
+                if not columns or any(type(value) not in (int, float) for value in columns.values()):
+                    raise ValueError("it holds no numbers")
+        else:
+            columns = work(folder, state)
+            fllw.write(summary, columns)
+        return columns
+
+def plain_name(text):
+    """For --save: the name of a file without its folder and ending."""
+    if any(not (letter.isalnum() or letter in "-_") for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, - and _ alone")
+    return text
+
+def parse(parser, arguments, fixed=(), seeds="+"):
+    """Add --save (and --seeds), then parse: a dict of the flags given.
+
+    fixed: flags that the experiment sets itself; seeds: how many, for argparse, "" for none."""
+    group = parser.add_argument_group("table")
+    group.add_argument("--save", metavar="NAME", type=plain_name, default="",
+                       help="also keep the table as experiments/results/NAME.json")
+    if seeds:
+        group.add_argument("--seeds", nargs=seeds, type=int, default=[0, 1, 2],
+                           help="instead of --seed (default: 0 1 2)")
+    given = vars(parser.parse_args(arguments))
+    for name in sorted(fixed & given.keys()):
+        raise InputError(f"--{name.replace('_', '-')} differs from row to row or is fixed here: "
+                         "leave it out")
+    if len(set(given.get("seeds", ()))) < len(given.get("seeds", ())):
+        raise InputError("--seeds names a seed twice: their spread would be wrong")
+    return given
