@@ -1,15 +1,8 @@
 """Federated layer-wise learning (FLL) with federated depth dropout (FDD), from scratch.
 
-The method is that of Guo et al. 2023 (arXiv 2309.05213). Read this file from top to bottom:
-
-    settings      every knob of a run, with its default
-    model         a vision transformer; the projection head and the loss are in ssl_loss.py
-    stages        which blocks exist and which of them train; depth dropout
-    one client    what a client does with the tensors that it received
-    the loop      federate(): send, train, average, and grow by a block now and then
-    -- here the method ends --
-    costs         bytes, multiply-accumulates and peak memory of a run
-    the command   worker processes, run folders, tables
+The method is that of Guo et al. 2023 (arXiv 2309.05213). Read from top to bottom: settings, model,
+stages and depth dropout, one client, the loop. There the method ends; then come what it costs, and
+the command. ssl_loss.py has the loss and the projection head, data.py the images and their views.
 
 A run is cut into stages, a stage into rounds. In a stage some blocks of the model are *present*.
 Some of those are *active*: they train. The others are *frozen*: they only run forward, and with
@@ -112,16 +105,6 @@ def generator(config, device, *key):
     """A torch generator on the device, for (seed, *key) alone."""
     return torch.Generator(device).manual_seed(int(rng(config, *key).integers(2**63)))
 
-def recipe_name(config):
-    """Which recipe makes the two views; digits are not flipped, photographs are."""
-    auto = "digits" if config.data.lower() == "mnist5k" else "natural"
-    return auto if config.augment == "auto" else config.augment
-
-def pick_device(config):
-    """The torch.device on which clients train."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if config.device == "auto" else config.device)
-
 # -------------------------------------------------------------------------------------- model
 class Attention(nn.Module):
     def __init__(self, dim, heads):
@@ -209,19 +192,6 @@ def block_of(name):
     """The block that a tensor of this name belongs to; None: embedding, final norm, head."""
     parts = name.split(".")
     return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
-
-@functools.lru_cache(maxsize=8)
-def blank_learner(config, shape):
-    """A learner whose tensors have shapes but no data: PyTorch's device "meta"."""
-    with torch.device("meta"):
-        return config.learner(shape)
-
-def copy_modules(module):
-    """A copy of a tree of modules that still holds the same tensors (deepcopy is slow at this)."""
-    twin = copy.copy(module)
-    twin._parameters = dict(module._parameters)
-    twin._modules = {name: copy_modules(child) for name, child in module._modules.items()}
-    return twin
 
 def assemble(config, tensors, shape):
     """The learner that has these tensors.
@@ -423,12 +393,101 @@ class Average:
     def add(self, upload, images):
         for name, tensor in upload.items():
             if name not in self.sums:
-                self.sums[name], self.images[name] = torch.zeros_like(tensor, dtype=torch.float64), 0
+                self.sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+                self.images[name] = 0
             self.sums[name].add_(tensor, alpha=images)
             self.images[name] += images
 
     def mean(self):
         return {name: (total / self.images[name]).float() for name, total in self.sums.items()}
+
+def in_turn(config, images, parts, train_client=local_train):
+    """The default `ask` of federate(): the clients of this process, one after the other.
+
+    images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
+    data.partition(); train_client: like local_train."""
+    images = images.to(pick_device(config))
+
+    def ask(stage, round_number, progress, messages):
+        for client, message in messages:
+            own = images[parts[client].to(images.device)]
+            message = {name: tensor.to(images.device) for name, tensor in message.items()}
+            with one_thread():
+                upload, losses = train_client(config, stage, message, own, round_number, client,
+                                              progress)
+            upload = {name: tensor.cpu() for name, tensor in upload.items()}
+            yield client, Answer(upload, losses.mean().item(), len(own))
+    return ask
+
+# Three functions of the loop can be exchanged, each for one of another kind:
+#   plan(config, history)      lists the stages.
+#   ask(stage, round_number, progress, messages)      reaches the clients. It takes pairs (client,
+#       message) and yields pairs (client, Answer) in the same order; who is missing was lost.
+#   on_round(row, state)      comes after every round. It may change the server's tensors, and then
+#       writes their names into row["changed"].
+def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
+             on_round=None):
+    """Train by federated rounds; returns (encoder, history). config: one that passed validate();
+    state: a State to resume from; train_client: like local_train, for the default ask."""
+    if ask is None:
+        parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+        ask = in_turn(config, dataset.train_images, parts, train_client)
+    state = state or State({}, [])
+
+    while True:
+        began, round_number = time.perf_counter(), len(state.history) + 1
+        stage, progress = stage_progress(plan(config, state.history), len(state.history))
+        if stage is None:
+            return encoder_of(config, state.server, dataset.shape), state.history
+        grow(config, state.server, stage, dataset.shape)  # if the stage is new
+
+        # Send each sampled client the model, without the blocks that it drops.
+        kept = {client: sample_kept_blocks(config, stage, round_number, client)
+                for client in sample_clients(config, round_number)}
+        messages = ((client, broadcast(state.server, blocks)) for client, blocks in kept.items())
+
+        # Each trains the active blocks and sends them back. Average them as they come in.
+        trained = {name: t for name, t in state.server.items() if stage.trains(name)}
+        average, answers = Average(), []
+        for client, answer in ask(stage, round_number, progress, messages):
+            valid = is_valid(answer.upload, trained)
+            if valid:
+                average.add(answer.upload, answer.images)
+            answers.append({"client": client, "loss": answer.loss, "images": answer.images,
+                            "valid": valid, "missing": sorted(trained.keys() - answer.upload)})
+        stop_if_diverged(round_number, answers)
+        state.server |= average.mean()
+
+        row = {"round": round_number, "stage": stage.number, "clients": list(kept),
+               "kept_blocks": [list(blocks) for blocks in kept.values()], "answers": answers,
+               "changed": [], "seconds": time.perf_counter() - began}
+        state.history.append(row)
+        if on_round:
+            on_round(row, state)
+
+# ------------------------------------- here the method ends; small helpers of what is above
+def recipe_name(config):
+    """Which recipe makes the two views; digits are not flipped, photographs are."""
+    auto = "digits" if config.data.lower() == "mnist5k" else "natural"
+    return auto if config.augment == "auto" else config.augment
+
+def pick_device(config):
+    """The torch.device on which clients train."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if config.device == "auto" else config.device)
+
+@functools.lru_cache(maxsize=8)
+def blank_learner(config, shape):
+    """A learner whose tensors have shapes but no data: PyTorch's device "meta"."""
+    with torch.device("meta"):
+        return config.learner(shape)
+
+def copy_modules(module):
+    """A copy of a tree of modules that still holds the same tensors (deepcopy is slow at this)."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._modules = {name: copy_modules(child) for name, child in module._modules.items()}
+    return twin
 
 def is_valid(upload, expected):
     """Whether an upload holds only tensors that were expected, in their shapes, all finite."""
@@ -449,78 +508,13 @@ def one_thread():
     finally:
         torch.set_num_threads(threads)
 
-def stop_if_diverged(row):
-    losses = [answer["loss"] for answer in row["answers"]]
-    if losses and not any(map(math.isfinite, losses)):
-        raise FloatingPointError(f"the loss of round {row['round']} is not finite: take a smaller "
+def stop_if_diverged(round_number, answers):
+    """Raise FloatingPointError if no client's loss is a number any more."""
+    if answers and not any(math.isfinite(answer["loss"]) for answer in answers):
+        raise FloatingPointError(f"the loss of round {round_number} is not finite: take a smaller "
                                  "--lr or --weight-decay")
 
-def in_turn(config, images, parts, train_client=local_train):
-    """The default `ask` of federate(): the clients of this process, one after the other.
-
-    images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
-    data.partition(); train_client: like local_train."""
-    images = images.to(pick_device(config))
-
-    def ask(stage, round_number, progress, messages):
-        for client, message in messages:
-            own = images[parts[client].to(images.device)]
-            message = {name: tensor.to(images.device) for name, tensor in message.items()}
-            with one_thread():
-                upload, losses = train_client(config, stage, message, own, round_number, client,
-                                              progress)
-            upload = {name: tensor.cpu() for name, tensor in upload.items()}
-            yield client, Answer(upload, losses.mean().item(), len(own))
-    return ask
-
-def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
-             on_round=None):
-    """Train by federated rounds. Returns (encoder, history); a row of it has the keys of ROW.
-
-    config: passed validate(); state: the State to resume from.
-    train_client(config, stage, message, images, round_number, client, progress): one client's work.
-    ask(stage, round_number, progress, messages): takes pairs (client, message), and yields pairs
-        (client, Answer) in that order; who is missing was lost. With it, train_client is not used.
-    plan(config, history): the list of stages.
-    on_round(row, state): called after every round. It may change the server's tensors, and then
-        puts their names in row["changed"]."""
-    if ask is None:
-        parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-        ask = in_turn(config, dataset.train_images, parts, train_client)
-    state = state or State({}, [])
-
-    while True:
-        began, round_number = time.perf_counter(), len(state.history) + 1
-        stage, progress = stage_progress(plan(config, state.history), len(state.history))
-        if stage is None:
-            return encoder_of(config, state.server, dataset.shape), state.history
-        grow(config, state.server, stage, dataset.shape)  # if the stage is new
-
-        # Send each sampled client the model, without the blocks that it drops.
-        kept = {client: sample_kept_blocks(config, stage, round_number, client)
-                for client in sample_clients(config, round_number)}
-        messages = ((client, broadcast(state.server, blocks)) for client, blocks in kept.items())
-
-        # Each trains what the stage trains and sends it back; average that as it comes in.
-        trained = {name: t for name, t in state.server.items() if stage.trains(name)}
-        average, answers = Average(), []
-        for client, answer in ask(stage, round_number, progress, messages):
-            valid = is_valid(answer.upload, trained)
-            if valid:
-                average.add(answer.upload, answer.images)
-            answers.append({"client": client, "loss": answer.loss, "images": answer.images,
-                            "valid": valid, "missing": sorted(trained.keys() - answer.upload)})
-        state.server |= average.mean()
-
-        row = {"round": round_number, "stage": stage.number, "clients": list(kept),
-               "kept_blocks": [list(blocks) for blocks in kept.values()], "answers": answers,
-               "changed": [], "seconds": time.perf_counter() - began}
-        stop_if_diverged(row)
-        state.history.append(row)
-        if on_round:
-            on_round(row, state)
-
-# ------------------------------------------------------------------- here the method ends: costs
+# ---------------------------------------------------------------------------------- its costs
 REPORT_BYTES = 16  # beside its tensors a client sends its mean loss and its number of images
 
 def count_macs(config, stage, kept, image_shape):
@@ -807,7 +801,7 @@ def write(path, content):
     os.replace(temporary, path)
 
 def save_round(folder, row, state):
-    """Append the row to history.jsonl, then replace checkpoint.pt; that says how many rows count."""
+    """Append the row to history.jsonl, then replace checkpoint.pt: it says how many rows count."""
     with open(folder / "history.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()

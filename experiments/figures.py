@@ -16,8 +16,7 @@ import numpy as np
 from IPython.display import Image as Picture
 from IPython.display import Markdown, display
 from PIL import Image
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                   register_optimizer_step_pre_hook)
+from torch.optim import optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import fllw
@@ -35,7 +34,6 @@ METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#55555
 STATES = {"dropped": ("#F0E442", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
 COSTS = {"peak_mib": "peak memory (MiB)", "megabytes": "down + up (MB)",
          "gigamacs": "compute (10⁹ MAC for one image)"}
-PHASES = "forward", "backward", "optimizer"
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.ymargin": 0.15, "axes.titlelocation": "left", "axes.titlesize": 10,
@@ -70,25 +68,23 @@ def legend_below(figure, columns=4):
     return figure
 
 def upright(ax, rows):
-    """A bar for each name, with its height on it."""
+    """Bars; rows: name -> height."""
     for name, height in rows.items():
         ax.bar_label(ax.bar(name, height, color=look(name)["color"]), fmt="{:,.1f}")
 
-def squares(ax, depth, columns, legend=tuple(STATES)):
+def squares(ax, depth, columns):
     """States of blocks; columns: which are present, kept and active; each hides those before."""
     for x, parts in enumerate(columns, 1):
         for (name, (colour, hatch)), blocks in zip(STATES.items(), parts):
-            ax.bar(x, 1, 1, np.array(blocks) + 0.5, color=colour, hatch=hatch, ec="white",
-                   label=name if x == 1 and name in legend else None)
+            ax.bar(x, 1, 1, np.array(blocks) - 0.5, color=colour, hatch=hatch, ec="white",
+                   label=name if x == 1 else None)
     ax.set(ylabel="block", yticks=range(depth), ylim=(-0.5, depth - 0.5))
     ax.grid(False)
     ax.figure.legend(*ax.get_legend_handles_labels(), ncol=3, loc="outside upper right")
 
 # ------------------------------------------------------------------------------------ costs
 def replay(config, shape):
-    """Yield (stage, kept blocks of the first client, costs) for every round, without training.
-
-    costs: those of Ledger.add(), and peak_memory_bytes."""
+    """Yield (stage, first client's kept blocks, costs: Ledger.add() and peak) of planned rounds."""
     ledger = fllw.Ledger(config, shape)
     for row in fllw.planned_rows(config):
         stage, kept = ledger.stages[row["stage"]], tuple(row["kept_blocks"][0])
@@ -96,10 +92,8 @@ def replay(config, shape):
         yield stage, kept, ledger.add(row) | {"peak_memory_bytes": peak}
 
 def live_bytes(config, shape):
-    """Live bytes of a local step of the last stage, a list for each of PHASES.
-
-    It is the second step, when the optimizer has its state, on the fake tensors of
-    fllw.metered_step()."""
+    """Live bytes of a local step of the last stage, three lists: forward, backward, optimizer.
+    It is the second of fllw.metered_step(), when the optimizer has its state."""
     ticks = []  # how many allocations and releases there were when a phase ended
 
     def tick(*_):
@@ -109,7 +103,8 @@ def live_bytes(config, shape):
         tick()
         return contrastive_loss(config, z, chunks)
 
-    hooks = [register_optimizer_step_pre_hook(tick), register_optimizer_step_post_hook(tick)]
+    hooks = [optimizer.register_optimizer_step_pre_hook(tick),
+             optimizer.register_optimizer_step_post_hook(tick)]
     client = functools.partial(fllw.local_train, criterion=criterion)
     try:
         last = fllw.stages(config)[-1]
@@ -128,7 +123,6 @@ def linear_and_log(curves, **labels):
             ax.plot(x, np.array(y) / MIB, **{**look(name), "marker": ""})
     axes[0].set(ylim=(0, None), **labels)
     axes[1].set(yscale="log", **labels)
-    legend_below(axes[0].figure, 2)
     return axes
 
 def memory_over_time(lives):
@@ -138,19 +132,13 @@ def memory_over_time(lives):
         x = np.concatenate([i + np.linspace(0, 1, len(part)) for i, part in enumerate(phases)])
         peak = max(map(max, phases)) / MIB
         curves[f"{name}: {peak:,.0f} MiB"] = x, np.concatenate(phases)
-    axes = linear_and_log(curves, xticks=(0.5, 1.5, 2.5), xticklabels=PHASES, xlim=(0, 3),
-                          ylabel="live memory (MiB)")
+    axes = linear_and_log(curves, ylabel="live memory (MiB)", xlim=(0, 3),
+                          xticks=(0.5, 1.5, 2.5), xticklabels=("forward", "backward", "optimizer"))
     for ax in axes:
         ax.grid(axis="x", visible=False)
         for end in (1, 2):
             ax.axvline(end, color="grey", lw=0.8)
-    return ax.figure
-
-def memory_against_depth(depths, peaks):
-    """peaks: method -> peak bytes of a local step for every depth."""
-    curves = {name: (depths, values) for name, values in peaks.items()}
-    return linear_and_log(curves, xticks=depths, xlabel="blocks of the model",
-                          ylabel="peak memory (MiB)")[0].figure
+    return legend_below(ax.figure, 2)
 
 # ------------------------------------------------------------------------------- the method
 def label_counts(counts):
@@ -201,11 +189,9 @@ def dropout_strip(depth, stage, draws):
     ax.set(xticks=(rounds + 0.5) * clients + 0.5, xticklabels=[f"round {r + 1}" for r in rounds])
     return ax.figure
 
-# --------------------------------------------------------------------------------- results
 def progress(runs, losses, chance, raw):
-    """Training loss against rounds, and moved k-NN against what a client had paid by then: means
-    over seeds and, shaded, from the lowest to the highest. losses: method -> [seeds, rounds];
-    runs: method -> [seeds, looks] of dicts; chance: of the loss; raw: moved k-NN of raw pixels."""
+    """Training loss (losses: method -> [seeds, rounds]), and moved k-NN against what a client had
+    paid by then (runs: method -> [seeds, looks] of dicts): means, and the range over seeds."""
     axes = panels(8.5, 6, ("", ""), rows=2)
 
     def band(ax, name, x, seeds, **more):
@@ -265,11 +251,10 @@ def budget(results):
         ax.set(xlabel=COSTS["gigamacs"], ylabel=label)
     return legend_below(ax.figure)
 
-DIGITS = ("digits", "moved_knn"), ("digits-48", "digits-96", "digits-one-active-block",
-                                   "digits-two-active-blocks", "digits-dropout-*")
-PHOTOGRAPHS = ("CIFAR-10, 10,000 images", "knn"), ("cifar10-24", "cifar10-48", "cifar10-192")
+SAVED = {("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
+                                   "digits-two-active-blocks", "digits-dropout-*"),
+         ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48", "cifar10-192")}
 
-# ------------------------------------------------------------------------------- the README
 PHONE = fllw.Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
                     clients=10, rounds=180, local_epochs=3, batch_size=128, augment="natural")
 COLOUR = (3, 32, 32)  # the images of that phone
@@ -312,7 +297,7 @@ def main(arguments=None):
     lives = {name: live_bytes(config, COLOUR) for name, config in four_ways(PHONE).items()}
     memory_over_time(lives).savefig(out / "memory.png", dpi=100)
     stages_gif(out / "stages.gif")
-    budget(dict([DIGITS, PHOTOGRAPHS])).savefig(out / "budget.png", dpi=100)
+    budget(SAVED).savefig(out / "budget.png", dpi=100)
     print(f"drawn in {out}: memory.png, stages.gif, budget.png")
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,9 +36,11 @@ import fllw
 import ssl_loss
 from data import InputError
 
-SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1",
-            "RAY_USAGE_STATS_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds
+    "NO_PROXY": "127.0.0.1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 PROJECT = """[project]
 name = "fllw"
 version = "1.0.0"
@@ -59,47 +60,27 @@ def write_app(folder, config, timeout):
              for name, value in (asdict(config) | {"timeout": timeout}).items()]
     (folder / "pyproject.toml").write_text(PROJECT + "".join(lines))
 
-class Wire:
-    """A port of 127.0.0.1 that passes everything on to another one, and counts the bytes."""
-    def __init__(self, target):
-        self.target, self.bytes = target, {"up": 0, "down": 0}
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def listen(self):
-        while True:
-            near = self.listener.accept()[0]
-            far = socket.create_connection(("127.0.0.1", self.target))
-            for ends in ((near, far, "up"), (far, near, "down")):
-                threading.Thread(target=self.carry, args=ends, daemon=True).start()
-
-    def carry(self, source, sink, direction):
-        with contextlib.suppress(OSError), source, sink:
-            while chunk := source.recv(2**16):
-                self.bytes[direction] += len(chunk)
-                sink.sendall(chunk)
-
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 @contextlib.contextmanager
-def network(folder, nodes, log):
+def network(folder, nodes, log, via=lambda port: port):
     """A SuperLink, and a SuperNode for each of `nodes` (its node-config), while the block runs.
 
-    Yields (flwr, supernodes, wires); flwr(*arguments) starts a `flwr` command that reaches them."""
+    Yields (flwr, supernodes): flwr(*arguments) starts a `flwr` command, supernodes are processes.
+    via(port) is the port by which a SuperNode reaches the SuperLink, where bytes can be counted."""
     port, processes, output = free_port(), [], open(log, "wb")
-    fcntl.flock(output, fcntl.LOCK_EX)  # held by every process that writes into the log
+    fcntl.flock(output, fcntl.LOCK_EX)  # by every process that writes into the log
     (folder / "config.toml").write_text(
         f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
 
     def start(*command, stdout=output):
-        environment = os.environ | SETTINGS | {"FLWR_HOME": str(folder)}
+        environment = os.environ | ENVIRONMENT | {"FLWR_HOME": str(folder)}
         processes.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=output))
         return processes[-1]
 
-    here, supernodes, wires = ("--insecure", "--host", "127.0.0.1", "--port"), [], []
+    here, supernodes = ("--insecure", "--host", "127.0.0.1", "--port"), []
     try:
         start("flower-superlink", *here, str(port), "--disable-runtime-dependency-installation")
         while socket.socket().connect_ex(("127.0.0.1", port)):
@@ -107,11 +88,10 @@ def network(folder, nodes, log):
                 raise OSError(f"Flower's SuperLink ended at once (see {log})")
             time.sleep(0.2)
         for node in nodes:
-            wires.append(Wire(port))
             text = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
             supernodes.append(start("flower-supernode", *here, str(free_port()), "--superlink",
-                                    f"127.0.0.1:{wires[-1].port}", "--node-config", text))
-        yield lambda *command, stdout=None: start("flwr", *command, stdout=stdout), supernodes, wires
+                                    f"127.0.0.1:{via(port)}", "--node-config", text))
+        yield lambda *command, stdout=None: start("flwr", *command, stdout=stdout), supernodes
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -122,21 +102,54 @@ def network(folder, nodes, log):
             process.wait()
         output.close()
         with open(log) as again:
-            fcntl.flock(again, fcntl.LOCK_EX)  # waits until the last process has ended
+            fcntl.flock(again, fcntl.LOCK_EX)  # waits for the last process that they started
 
 def run(config, nodes, timeout):
-    """Train on a network of these nodes; returns (how it ended, bytes on the wires)."""
+    """Train on a network of these nodes; returns Flower's record of the run."""
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        write_app(folder / "app", config, timeout)
-        with network(folder, nodes, f"{config.out}.log") as (flwr, _, wires):
-            flwr("run", str(folder / "app"), "here", "--stream").wait()
+        write_app(Path(folder) / "app", config, timeout)
+        with network(Path(folder), nodes, f"{config.out}.log") as (flwr, _):
+            flwr("run", f"{folder}/app", "here", "--stream").wait()
             listing = flwr("list", "here", "--format", "json", stdout=subprocess.PIPE)
-            runs = json.loads(listing.communicate()[0])["runs"]  # `flwr run` ends with 0 anyhow
-        if [one["status"] for one in runs] != ["finished:completed"]:
-            why = runs[0]["status-details"] if runs else "it did not start"
-            sys.exit(f"the run failed: {why} (see {config.out}.log); rerun the command to resume")
-    return {way: sum(wire.bytes[way] for wire in wires) for way in ("up", "down")}
+            runs = json.loads(listing.communicate()[0])["runs"]
+    # `flwr run` ends with 0 whatever happened.
+    if not runs or runs[0]["status"] != "finished:completed":
+        reason = runs[0]["status-details"] if runs else "it did not start"
+        sys.exit(f"{reason} (see {config.out}.log); rerun the command to resume")
+    return runs[0]
+
+def make_nodes(config, files):
+    """The node-config of every client, and a data set; InputError if one cannot be trained on."""
+    nodes = []
+    for client in range(config.clients):
+        source = files[client] if files else config.data
+        dataset = data.load(source, config.cache, config.images)
+        fllw.initial(config, dataset.shape, "meta")  # raises if the patches do not fit
+        if source.lower() not in data.ARCHIVES:
+            source = data.MNIST5K if source == "mnist5k" else Path(source).expanduser().absolute()
+        node = {"partition-id": client, "data": str(source), "device": config.device,
+                "cache": str(Path(config.cache).expanduser().absolute())}
+        nodes.append(node if files else node | {"num-partitions": config.clients})
+    if not files:
+        data.partition(dataset.train_labels, config.clients)  # raises if there are too few images
+    return nodes, dataset
+
+def read_rows(config):
+    path = Path(config.out) / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+def report(config, shape, before, traffic):
+    """Print what a client received and sent in a round of this run, and who counted it."""
+    ledger, rows = fllw.Ledger(config, shape), read_rows(config)
+    costs = [ledger.add(row) for row in rows][before:]
+    asked = max(1, sum(len(row["clients"]) for row in rows[before:]))
+    columns = {"stateless_download_bytes": "download_bytes", "upload_bytes": "upload_bytes"}
+    print(fllw.table({
+        "tensors, by the ledger": {column: sum(cost[name] for cost in costs) / max(1, len(costs))
+                                   for name, column in columns.items()},
+        "all, as Flower counts": {"download_bytes": traffic["outbound-bytes"] / asked,
+                                  "upload_bytes": traffic["inbound-bytes"] / asked}}))
+    print(f"Mean of a client and round, the app included. The encoder is in {config.out}")
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.flower")
@@ -152,12 +165,18 @@ def main(arguments=None):
     fllw.validate(config)
     if not 0 < timeout < 1e9 or len(files) not in (0, config.clients):
         raise InputError("--timeout must be above 0, and --files one for each of --clients")
-    config = replace(config, augment=fllw.recipe_name(config))
+    config = replace(config, augment=fllw.recipe_name(config), data=" ".join(files) or config.data)
     if app:
-        write_app(Path(app), config, timeout)
-        return
-    if not shutil.which("flower-superlink", path=SETTINGS["PATH"]):
+        return write_app(Path(app), config, timeout)
+    if not shutil.which("flower-superlink", path=ENVIRONMENT["PATH"]):
         raise InputError("Flower is missing: pip install -r requirements-flower.txt")
-    sources = files or [config.data] * config.clients
-    datasets = {source: data.load(source, config.cache, config.images) for source in sources}
-    ...
+    nodes, dataset = make_nodes(config, files)
+    out = Path(config.out or f"runs/flower-{Path(config.data).stem}-seed{config.seed}")
+    config = replace(config, out=str(out.expanduser().absolute()))
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    before = len(read_rows(config))
+    record = run(config, nodes, timeout)
+    report(config, dataset.shape, before, record["network-traffic"])
+
+if __name__ == "__main__":
+    fllw.command(main)

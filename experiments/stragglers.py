@@ -14,7 +14,7 @@ The slower a device, the smaller the mean label of its images (with --split iid 
 With --redraw, each round draws all speeds, as the paper draws depths; p follows from that. A round
 ends at the deadline, or when all have done everything. A row has about as many rounds as fit into
 --rounds x deadline seconds. A stage of FLL trains one block, so SALF has nothing to cut there; it
-has on progressive stages, which train blocks 1 to s. One block has twice the rate, as in compare.
+has on progressive stages, which train blocks 1 to s.
 """
 import itertools
 import json
@@ -31,7 +31,7 @@ from experiments.compare import save
 from ssl_loss import evaluate
 
 SETTING = {"images": 1000, "dim": 32, "heads": 4, "head_hidden": 64, "head_dim": 32, "lr": 8e-3,
-           "clients": 10, "rounds": 24, "batch_size": 32, "depth_dropout": 0.0}
+           "clients": 10, "rounds": 24, "batch_size": 50, "depth_dropout": 0.0}
 SPEEDS = 300                # what its draws are for
 SLOWEST, RATIO = 3.4e7, 16  # multiply-accumulates a second; how many times as fast the fastest is
 ROWS = {  # name: (changes of the settings, what becomes of stragglers)
@@ -44,7 +44,7 @@ ROWS = {  # name: (changes of the settings, what becomes of stragglers)
     "FLL + FDD, dropping": ({"method": "fll", "depth_dropout": 0.25}, "drop"),
     "one block, dropping": ({"method": "e2e", "depth": 1}, "drop")}
 COLUMNS = {"rounds": ("rounds", 1, 0), "simulated_seconds": ("simulated s", 1, 0),
-           "counted": ("counted %", 1, 0), "whole": ("whole %", 1, 0), **fllw.COLUMNS}
+           "counted": ("counted %", 1, 0), **fllw.COLUMNS}
 
 def cut(stage, depth):
     """The stage of a client that trains only the last `depth` of the active blocks."""
@@ -64,7 +64,7 @@ def fill(upload, received, stage):
 class Devices:
     """Who finishes what by the deadline, in seconds. rule: "wait" for stragglers, "drop" them, or
     take the layers that they finished, as in SALF's paper ("salf") or code ("fill")."""
-    def __init__(self, config, dataset, deadline, rule, redraw):
+    def __init__(self, config, dataset, deadline, rule, redraw=False):
         self.config, self.shape, self.rule, self.redraw = config, dataset.shape, rule, redraw
         self.deadline = math.inf if rule == "wait" else deadline
         parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
@@ -78,7 +78,7 @@ class Devices:
 
     def finished(self, stage, round_number, kept):
         """({client: how many of the last active blocks it trains; 0: it is lost}, seconds of the
-        round). kept: client -> its blocks. A function of the seed, and with redraw of the round."""
+        round). kept: client -> its blocks."""
         draws = fllw.rng(self.config, SPEEDS, *[round_number] * self.redraw)
         speeds = RATIO ** draws.random(self.config.clients)
         if not self.redraw:
@@ -92,12 +92,14 @@ class Devices:
             slowest = max(slowest, seconds[whole])
         return depths, min(slowest, self.deadline)
 
-    def unreached(self, stage, depth, kept):
-        """p, exactly: clients are independent, the logarithm of a speed is uniform. Fixed devices
-        reach a layer always or never: p is 0, or else nothing is sent that could be corrected."""
-        too_slow = [math.log(self.on_slowest(stage, depth, kept[client], client) / self.deadline,
-                             RATIO) for client in kept]
-        return math.prod(min(max(share, 0), 1) for share in too_slow) if self.redraw else 0
+    def unreached(self, stage, kept):
+        """p of every depth: clients are independent, the logarithm of a speed is uniform. A fixed
+        device reaches a layer always or never: p is 0, or it is 1 and nothing is sent."""
+        p = dict.fromkeys(range(1, 1 + len(stage.active)), 0.0)
+        for depth in p if self.redraw else ():
+            needed = [self.on_slowest(stage, depth, kept[c], c) / self.deadline for c in kept]
+            p[depth] = math.prod(min(max(math.log(x, RATIO), 0), 1) for x in needed)
+        return p
 
     def ask(self, reach, stage, round_number, progress, messages):
         """An `ask` of federate(); reach: one in which no client is late."""
@@ -105,42 +107,34 @@ class Devices:
         kept = {client: {fllw.block_of(name) for name in message} - {None}
                 for client, message in messages.items()}
         depths, _ = self.finished(stage, round_number, kept)
-        for client, depth in depths.items():
-            groups.setdefault(depth, []).append((client, messages[client]))
-        groups.pop(0, None)
+        for client in filter(depths.get, messages):  # those that trained something
+            groups.setdefault(depths[client], []).append((client, messages[client]))
         streams = [reach(cut(stage, depth), round_number, progress, group)
                    for depth, group in groups.items()]
         by_turns = itertools.chain(*itertools.zip_longest(*streams))  # so that no worker waits
-        answers = dict(filter(None, by_turns))
-        p = {d: self.unreached(stage, d, kept) for d in range(1, len(stage.active) + 1)}
-        for client in [client for client in messages if client in answers]:  # in the order asked
+        answers, p = dict(filter(None, by_turns)), self.unreached(stage, kept)
+        for client in filter(depths.get, messages):  # in the order asked
             upload = answers[client].upload
             if self.rule == "salf":
                 upload = correct(upload, messages[client], stage, p)
-            elif self.rule == "fill":
+            if self.rule == "fill":
                 upload = fill(upload, messages[client], stage)
             yield client, answers[client]._replace(upload=upload)
 
     def clock(self, rows):
         """The first columns of a table, from the rows of a history."""
         stages = {stage.number: stage for stage in fllw.stages(self.config)}
-        done, seconds = [], 0.0
-        for row in rows:
-            stage, kept = stages[row["stage"]], dict(zip(row["clients"], row["kept_blocks"]))
-            depths, time = self.finished(stage, row["round"], kept)
-            done += [depth / len(stage.active) for depth in depths.values()]
-            seconds += time
-        return {"rounds": len(rows), "simulated_seconds": seconds,
-                "counted": 100 * np.mean(np.array(done) > 0),
-                "whole": 100 * np.mean(np.array(done) == 1)}
+        kept = [dict(zip(row["clients"], row["kept_blocks"])) for row in rows]
+        done = [self.finished(stages[row["stage"]], row["round"], blocks)
+                for row, blocks in zip(rows, kept)]
+        counted = [depth > 0 for depths, _ in done for depth in depths.values()]
+        return {"rounds": len(rows), "simulated_seconds": sum(seconds for _, seconds in done),
+                "counted": 100 * float(np.mean(counted))}
 
-def measure(name, config, dataset, deadline, rule, redraw, reach):
+def measure(name, config, dataset, devices, rounds, reach):
     """Train one row with one seed, or read it back: its columns."""
-    devices = Devices(config, dataset, deadline, rule, redraw)
-    planned = devices.clock(fllw.planned_rows(config))["simulated_seconds"]
-    rounds = max(len(fllw.stages(config)), int(config.rounds**2 * deadline / planned))
     config = replace(config, rounds=rounds)
-    experiment = f"stragglers {name}, {deadline:g} s" + ", redrawn" * redraw
+    experiment = f"stragglers {name}, {devices.deadline:g} s" + ", redrawn" * devices.redraw
     with fllw.run_folder(config, dataset, experiment) as (folder, state):
         summary = folder / "summary.json"
         if not summary.exists():
@@ -162,18 +156,4 @@ def main(arguments=None):
     given = SETTING | vars(parser.parse_args(arguments))
     deadlines, seeds, split, redraw, saved_as = [given.pop(key) for key in (
         "deadlines", "seeds", "split", "redraw", "save")]
-    for fixed in {"method", "seed", "alpha"} & given.keys():
-        raise InputError(f"--{fixed} differs from row to row or follows from --split: leave it out")
-    if not all(0 < deadline < math.inf for deadline in deadlines):
-        raise InputError("--deadlines must be above 0 seconds")
-    base = fllw.Config(**given, alpha=0.1 if split == "dirichlet" else 0.0)
-    for change, _ in ROWS.values():
-        fllw.validate(replace(base, seed=min(seeds), **change))
-    dataset = data.load(base.data, base.cache, base.images)
-    out, table = base.out or f"runs/stragglers-{split}", {}
-    for seed, depth in itertools.product(seeds, sorted({base.depth, 1})):
-        # Workers know everything that a client's work depends on, whatever the row.
-        one = replace(base, seed=seed, depth=depth, lr=base.lr * (2 if depth == 1 else 1))
-        with fllw.reach_clients(one, dataset) as reach:
-            for deadline, (name, (change, rule)) in itertools.product(deadlines, ROWS.items()):
-                if replace(one, **change).depth == ...
+    ...
