@@ -312,6 +312,7 @@ def local_step(config, learner, stage, views, criterion=contrastive_loss):
             tokens = learner.encoder.lower(views, first)  # frozen: no graph, nothing is stored
         z = learner.head(learner.encoder.upper(tokens, first))  # active: with a graph; [2B, D]
     loss = criterion(config, z, [tokens])
+    del z  # the graph holds what backward needs of it
     loss.backward()
     return loss.detach()
 

@@ -70,6 +70,7 @@ def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss
     with autocast:
         z = learner.head(features)                                     # 3. head and loss, once
     loss = criterion(config, z, chunks)
+    del z
     loss.backward()
     for chunk, gradient in zip(chunks, features.grad.split(size)):
         active(chunk).backward(gradient)                               # 4. each with its graph

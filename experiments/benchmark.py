@@ -1,11 +1,15 @@
-"""Seconds of a local step, next to a bare loop and to what the accounting predicts; its memory.
+"""How fast is it? A local step beside a bare loop and the predicted cost; its memory; workers.
 
     python -m experiments.benchmark --dim 192 --depth 12 --heads 3 --patch-size 4 --batch-size 128
+    python -m experiments.benchmark --workers-only      # seconds of the default command's training
 
-Images are random 3 x 32 x 32, whatever --data says; first, middle and last stage of every method,
-medians of turns taken one after the other. The bare loop is the clearest statement of the method.
+Images are random 3 x 32 x 32, whatever --data says, but for --workers-only. Steps: first, middle
+and last stage of every method, medians of turns taken one after the other. The bare loop is the
+clearest statement of a step.
 """
+import contextlib
 import time
+import unittest.mock
 from dataclasses import replace
 
 import numpy as np
@@ -69,14 +73,13 @@ def measure(config, stage, kept, images):
 def memory_table(config, cases):
     """Peak MiB of a step at the last stage, plain and with micro-batches of 16 images."""
     rows = {}
-    server = fllw.initial(config, SHAPE, "meta")
     for batch in (64, 256, 512):
-        for name, one, stage, kept in {case[0]: case for case in cases}.values():
+        for name, settings, stage, kept in {case[0]: case for case in cases}.values():
             peaks = []
             for micro in (0, 16):
-                setting = replace(one, batch_size=batch, micro_batch=micro)
-                peaks.append(fllw.step_memory(setting, stage, server, kept, SHAPE) / 2**20)
-            if one.method == "e2e":
+                changed = replace(settings, batch_size=batch, micro_batch=micro)
+                peaks.append(fllw.peak_memory(changed, stage, SHAPE, kept) / 2**20)
+            if settings.method == "e2e":
                 whole = peaks[0]
             rows[f"{name}, batch {batch}"] = {
                 "plain": peaks[0], "micro": peaks[1], "ratio": f"{whole / peaks[0]:.1f}x",
@@ -85,17 +88,47 @@ def memory_table(config, cases):
                "micro": ("micro-batch 16", 1, 0), "micro_ratio": ("less", 1, 0)}
     return fllw.table(rows, columns)
 
+def workers_table(config, rounds=12):
+    """Seconds that the default command's training takes, the start of its workers included.
+
+    "2 threads" is one process whose steps use two of torch's threads."""
+    dataset = data.load("mnist5k")
+    config = replace(config, data="mnist5k", patch_size=7, rounds=rounds)
+    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    rows = {}
+    for name, workers in (("one process, 2 threads", 0), ("1 worker", 1), ("2 workers", 2)):
+        began = time.perf_counter()
+        if workers:
+            with fllw.reach_clients(replace(config, workers=workers), dataset) as ask:
+                fllw.federate(config, dataset, ask=ask)
+        else:
+            torch.set_num_threads(2)
+            with unittest.mock.patch.object(fllw, "one_thread", contextlib.nullcontext):
+                ask = fllw.in_turn(config, dataset.train_images, parts)
+                fllw.federate(config, dataset, ask=ask)
+        rows[name] = {"seconds": time.perf_counter() - began}
+    for row in rows.values():
+        row["faster"] = f"{rows['one process, 2 threads']['seconds'] / row['seconds']:.2f}x"
+    columns = {"seconds": (f"seconds, {rounds} rounds", 1, 1), "faster": ("faster", 1, 2)}
+    return fllw.table(rows, columns)
+
 def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.benchmark")
-    config = Config(**{"patch_size": 4, **vars(parser.parse_args())})  # of 32 x 32 pixels
-    fllw.check(config)
+    parser.add_argument("--workers-only", action="store_true", help="time worker processes alone")
+    given = vars(parser.parse_args())
+    workers_only = given.pop("workers_only", False)
+    config = Config(**{"patch_size": 4, **given})  # of 32 x 32 pixels
+    fllw.validate(config)
+    if workers_only:
+        print(workers_table(config))
+        return
     device, cases = fllw.pick_device(config), cases_of(config)
     images = torch.randint(0, 256, ((2 + STEPS) * config.batch_size, *SHAPE), dtype=torch.uint8)
     images = images.to(device)
     turns = [[measure(one, stage, kept, images) for _, one, stage, kept in cases]
              for _ in range(TURNS)]
     seconds = np.median(turns, 0)  # [cases, 2]
-    work = [fllw.macs(one, stage, kept, SHAPE) for _, one, stage, kept in cases]
+    work = [fllw.count_macs(one, stage, kept, SHAPE) for _, one, stage, kept in cases]
     rows = {}
     for (name, one, stage, kept), (step, bare), mac in zip(cases, seconds, work):
         rows[f"{name}, stage {stage.number}"] = {
