@@ -420,11 +420,11 @@ def in_turn(config, images, parts, train_client=local_train):
             yield client, Answer(upload, losses.mean().item(), len(own))
     return ask
 
-# Three functions of the loop can be exchanged, each for one of another kind:
-#   plan(config, history)      lists the stages.
-#   ask(stage, round_number, progress, messages)      reaches the clients. It takes pairs (client,
-#       message) and yields pairs (client, Answer) in the same order; who is missing was lost.
-#   on_round(row, state)      comes after every round. It may change the server's tensors, and then
+# Three functions of the loop are arguments, so that an experiment can bring its own:
+#   plan(config, history) lists the stages.
+#   ask(stage, round_number, progress, messages) reaches the clients. It takes pairs (client,
+#       message) and yields pairs (client, Answer) in the same order. Who is missing was lost.
+#   on_round(row, state) is called after every round. It may change the server's tensors, and then
 #       writes their names into row["changed"].
 def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
              on_round=None):
