@@ -9,8 +9,13 @@ Some of those are *active*: they train. The others are *frozen*: they only run f
 depth dropout a client skips some of them. The blocks that are not present do not exist yet.
 Rounds and stages are counted from 1, blocks and clients from 0.
 """
-import argparse
+import signal
 
+if (__name__ in ("__main__", "__mp_main__")
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
+import argparse
 import contextlib
 import copy
 import fcntl
@@ -20,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -311,7 +315,7 @@ def local_step(config, learner, stage, views, criterion=contrastive_loss):
         with torch.set_grad_enabled(first == 0):  # the embedding trains with block 0
             tokens = learner.encoder.lower(views, first)  # frozen: no graph, nothing is stored
         z = learner.head(learner.encoder.upper(tokens, first))  # active: with a graph; [2B, D]
-    loss = criterion(config, z, [tokens])
+    loss = criterion(config, z, [tokens if first else views])
     del z  # the graph holds what backward needs of it
     loss.backward()
     return loss.detach()
@@ -1017,6 +1021,8 @@ class Parser(argparse.ArgumentParser):
 
 def command(body):
     """Run a command: wrong input is one sentence and exit status 2, what fails is status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is loaded
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know the sign for plus or minus
     try:
         body()

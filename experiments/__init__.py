@@ -28,7 +28,7 @@ def once(config, dataset, experiment, work):
         if summary.exists():
             with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
                 columns = json.loads(summary.read_text())
-                if not columns or any(type(value) not in (int, float) for value in columns.values()):
+                if not columns or {type(x) for x in columns.values()} - {int, float}:
                     raise ValueError("it holds no numbers")
         else:
             columns = work(folder, state)
@@ -58,3 +58,12 @@ def parse(parser, arguments, fixed=(), seeds="+"):
     if len(set(given.get("seeds", ()))) < len(given.get("seeds", ())):
         raise InputError("--seeds names a seed twice: their spread would be wrong")
     return given
+
+def show(rows, name, experiment, columns=fllw.COLUMNS):
+    """Print a table of rows as for fllw.table(); before that, keep it under a name, if one is given
+    with --save: a terminal that cannot print must not lose it."""
+    from experiments import compare  # not above: it imports this package
+    if name:
+        command = " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]])
+        compare.save(name, command, rows)
+    print(f"\n{fllw.table(rows, columns)}")

@@ -10,8 +10,6 @@ the received model's forward pass: add it, 1x for what the client trains.
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.alignment")
 
-import math
-import sys
 from functools import partial
 
 import torch
@@ -19,8 +17,7 @@ import torch
 import data
 import fllw
 from data import InputError
-from experiments import once, parse
-from experiments.compare import save
+from experiments import once, parse, show
 from fllw import Config
 from ssl_loss import nt_xent
 
@@ -56,8 +53,8 @@ def main(arguments=None):
         "--weight", type=float, default=1.0, help="of the alignment term (default: 1.0)")
     given = parse(parser, arguments, seeds="")
     weight, name = given.pop("weight"), given.pop("save")
-    if not 0 <= weight < math.inf:
-        raise InputError(f"--weight must be 0 or more, it is {weight}")
+    if not 0 <= weight <= 1e6:
+        raise InputError(f"--weight must be from 0 to 1000000, it is {weight}")
     config = Config(**given)
     fllw.validate(config)
     dataset = data.load(config.data, config.cache, config.images)
@@ -69,9 +66,7 @@ def main(arguments=None):
 
     columns = once(config, dataset, f"alignment {weight:g}", work)
     rows = {f"{fllw.label(config)} + alignment {weight:g}": columns}
-    if name:
-        save(name, "python -m experiments.alignment " + " ".join(sys.argv[1:]), rows)
-    print(f"\n{fllw.table(rows)}")
+    show(rows, name, "alignment")
 
 if __name__ == "__main__":
     fllw.command(main)

@@ -7,6 +7,9 @@ Images are random 3 x 32 x 32, whatever --data says, but for --workers-only. Ste
 and last stage of every method, medians of turns taken one after the other. The bare loop is the
 clearest statement of a step.
 """
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.benchmark")
+
 import contextlib
 import time
 import unittest.mock

@@ -11,7 +11,6 @@ without any client (--alone): most of what calibration gains, it gains alone.
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.calibration")
 
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +20,7 @@ import torch
 import data
 import fllw
 from data import InputError
-from experiments import once, parse
-from experiments.compare import save
+from experiments import once, parse, show
 from fllw import Config, Stage
 from ssl_loss import evaluate
 
@@ -100,9 +98,7 @@ def main(arguments=None):
 
     experiment = f"calibration {epochs} at {at}, server share {share:g}, alone {alone}"
     rows = {row: once(config, clients, experiment, work)}
-    if name:
-        save(name, "python -m experiments.calibration " + " ".join(sys.argv[1:]), rows)
-    print(f"\n{fllw.table(rows)}")
+    show(rows, name, "calibration")
 
 if __name__ == "__main__":
     fllw.command(main)

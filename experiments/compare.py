@@ -8,8 +8,10 @@ not carry over from one to the other, nor from one set of images to another. So 
 rate is chosen first, by short runs on training images alone; --lr takes one rate for all instead.
 Each row and seed has a run folder in --out: rerun the command to resume.
 """
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.compare")
+
 import contextlib
-import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 
 import data
 import fllw
-from data import InputError, friendly_errors
+from data import InputError
+from experiments import once, plain_name
 from fllw import Config, table
 from ssl_loss import evaluate
 
@@ -117,28 +120,24 @@ def name_of(key, row, config):
 
 def measure(key, row, dataset, out):
     """Train and evaluate one row with one seed, or read it back: its columns."""
-    row = replace(row, out=str(out / f"{key}-seed{row.seed}"))
-    with fllw.run_folder(row, dataset, f"compare {key}") as (folder, state):
-        summary = folder / "summary.json"
-        if summary.exists():
-            with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
-                return {name: float(x) for name, x in json.loads(summary.read_text()).items()}
-        if key in BASELINES:
-            encoder, device = None, fllw.pick_device(row)
-            if key == "random":
-                encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
-                encoder.to(device)
-            columns = evaluate(encoder, dataset, fllw.recipe_name(row), device)
-        else:
-            encoder, history = fllw.train(row, dataset, folder, state)
-            columns = fllw.result(row, dataset, encoder, history)
-        fllw.write(summary, columns)
-    return columns
+    row, device = replace(row, out=str(out / f"{key}-seed{row.seed}")), fllw.pick_device(row)
+
+    def work(folder, state):
+        if key == "raw":
+            return evaluate(None, dataset, fllw.recipe_name(row), device)
+        if key == "random":
+            encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
+            return evaluate(encoder.to(device), dataset, fllw.recipe_name(row))
+        encoder, history = fllw.train(row, dataset, folder, state)
+        return fllw.result(row, dataset, encoder, history)
+
+    return once(row, dataset, f"compare {key}", work)
 
 def save(name, command, rows):
     """Keep the numbers behind a table: experiments/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
-    where = f"torch {torch.__version__}, one thread per client"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread per client"
+    where = f"torch {torch.__version__}, {gpu}"
     fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
 
 def arguments(parser, rows, default):
@@ -150,7 +149,8 @@ def arguments(parser, rows, default):
     mine.add_argument("--rates", nargs="+", type=float, default=list(RATES),
                       help="learning rates to choose from, row by row; --lr: one for all")
     mine.add_argument("--one-block-lr", type=float, help="with --lr: that of one block")
-    mine.add_argument("--save", default="", help="also keep the table in experiments/results/")
+    mine.add_argument("--save", type=plain_name, default="", metavar="NAME",
+                      help="also keep the table as experiments/results/NAME.json")
     given = vars(parser.parse_args())
     for differs in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{differs.replace('_', '-')} differs from row to row: leave it out")
@@ -158,7 +158,7 @@ def arguments(parser, rows, default):
     flags["one_block_lr"] = given.pop("one_block_lr", None)
     known = {f.name for f in fields(Config)}  # flags that the caller added are left
     flags["more"] = {key: given.pop(key) for key in given.keys() - known}
-    if flags["one_block_lr"] and "lr" not in given:
+    if flags["one_block_lr"] is not None and "lr" not in given:
         raise InputError("--one-block-lr goes with --lr: without it every row's rate is chosen")
     if len(set(flags["seeds"])) < len(flags["seeds"]):
         raise InputError("--seeds names a seed twice: their spread would be wrong")
@@ -166,6 +166,7 @@ def arguments(parser, rows, default):
     for seed in flags["seeds"]:
         for rate in flags["rates"]:
             fllw.validate(replace(config, seed=seed, lr=given.get("lr", rate)))
+    fllw.validate(replace(config, lr=flags["one_block_lr"] or config.lr))
     if "lr" in given:
         flags["rates"] = [given["lr"]]
     return config, flags

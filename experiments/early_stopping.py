@@ -7,14 +7,12 @@ Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules
 index, which needs them. Here each client holds back a tenth of its images and reports, instead of
 its training loss, the NT-Xent of the model it receives on them. A stage starts with twice --lr; a
 round that does not lower the clients' mean halves the rate (a line search, a trial a round); after
-a few such rounds in a row it is over. Each row and seed has a run folder in --out: rerun the
-command to resume.
+a few such rounds in a row it is over. Rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.early_stopping")
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +22,7 @@ from torch import nn
 import data
 import fllw
 from data import InputError
-from experiments import once, parse
-from experiments.compare import save
+from experiments import once, parse, show
 from ssl_loss import nt_xent
 
 HELD_OUT = 200  # what its draws are for
@@ -50,13 +47,11 @@ class Settings(fllw.Config):
         if self.encoder == "vit":
             return super().macs(stage, kept, image_shape)
         height, width = image_shape[1:]
-        trained = 4 if self.micro_batch else 3
         total = 3 * self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
         for name, tensor in fllw.initial(self, image_shape, "meta").items():
             if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
                 height, width = (height + 1) // 2, (width + 1) // 2
-                times = trained if stage.trains(name) else 1
-                total += times * height * width * tensor.numel()
+                total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
         return 2 * total  # as fllw.count_macs does
 
 @dataclass(frozen=True)
@@ -140,7 +135,8 @@ def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.early_stopping")
     parser.add_argument_group("early stopping").add_argument(
         "--encoders", nargs="+", choices=("vit", "cnn"), default=["cnn", "vit"])
-    given = parse(parser, arguments, {"method", "new_block", "depth_dropout", "seed"})
+    given = parse(parser, arguments, {"method", "new_block", "depth_dropout", "micro_batch",
+                                      "seed"})
     seeds, encoders, name = (given.pop(flag) for flag in ("seeds", "encoders", "save"))
     out = given.pop("out", "runs/early")
     config, rows = Settings(**{"images": 1000, "rounds": 60, "depth_dropout": 0.0, **given}), {}
@@ -159,10 +155,8 @@ def main(arguments=None):
                 folder = f"{out}/{encoder}-{case.replace(' ', '-')}-{seed}"
                 done.append(run(replace(one, seed=seed, out=folder), dataset))
             rows[f"{encoder} {case}"] = {key: [row[key] for row in done] for key in done[0]}
-    if name:
-        save(name, "python -m experiments.early_stopping " + " ".join(sys.argv[1:]), rows)
     columns = {"rounds": ("rounds", 1, 1), **fllw.COLUMNS}
-    print(f"\n{fllw.table(rows, columns)}")
+    show(rows, name, "early_stopping", columns)
 
 if __name__ == "__main__":
     fllw.command(main)

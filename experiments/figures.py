@@ -4,6 +4,9 @@
 
 draws memory.png, stages.gif and budget.png into a folder that exists. Colours are those of Okabe
 and Ito (2008) for colour-blind readers; markers, dashes and hatches are for grey print."""
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.figures")
+
 import argparse
 import functools
 import io
@@ -13,8 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image as Picture
-from IPython.display import Markdown, display
+from IPython import display
 from PIL import Image
 from torch.optim import optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -42,13 +44,14 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 def show(figure, alt, see):
     """Display a figure with its alternative text, and below it a sentence: what to see there."""
     figure.savefig(buffer := io.BytesIO(), dpi=100)
-    display(Picture(buffer.getvalue(), format="png", alt=alt), Markdown(see))
+    picture = display.Image(buffer.getvalue(), format="png", alt=alt)
+    display.display(picture, display.Markdown(see))
 
 def look(name):
     """A method's style for plot(), by the first of METHODS in its name; FDD's if there is none."""
-    colour, marker, line = METHODS[next((part for part in METHODS if part in name), "FDD")]
-    line = ":" if "micro" in name else line
-    return {"color": colour, "marker": marker, "linestyle": line, "label": name}
+    colour, marker, dashes = METHODS[next((part for part in METHODS if part in name), "FDD")]
+    return {"color": colour, "marker": marker, "label": name,
+            "linestyle": ":" if "micro" in name else dashes}
 
 def panels(width, height, titles=("",), rows=1, **more):
     """Axes, a column for each title, in a figure (inches); closed, or a notebook shows it twice."""
@@ -68,7 +71,6 @@ def legend_below(figure, columns=4):
     return figure
 
 def upright(ax, rows):
-    """Bars; rows: name -> height."""
     for name, height in rows.items():
         ax.bar_label(ax.bar(name, height, color=look(name)["color"]), fmt="{:,.1f}")
 
@@ -95,14 +97,12 @@ def live_bytes(config, shape):
     """Live bytes of a local step of the last stage, three lists: forward, backward, optimizer.
     It is the second of fllw.metered_step(), when the optimizer has its state."""
     ticks = []  # how many allocations and releases there were when a phase ended
-
     def tick(*_):
         ticks.append(len(_get_current_dispatch_mode().live_bytes))
 
     def criterion(config, z, chunks):
         tick()
         return contrastive_loss(config, z, chunks)
-
     hooks = [optimizer.register_optimizer_step_pre_hook(tick),
              optimizer.register_optimizer_step_post_hook(tick)]
     client = functools.partial(fllw.local_train, criterion=criterion)
@@ -112,8 +112,8 @@ def live_bytes(config, shape):
     finally:
         for hook in hooks:
             hook.remove()
-    bounds = zip(ticks[2:5], ticks[3:6])  # of the second step
-    return [live[start - 1:end] + live[end - 1:end] for start, end in bounds]
+    return [live[start - 1:end] + live[end - 1:end]
+            for start, end in zip(ticks[2:5], ticks[3:6])]  # of the second step
 
 def linear_and_log(curves, **labels):
     """The same curves twice; curves: name -> (x, bytes)."""
@@ -130,8 +130,7 @@ def memory_over_time(lives):
     curves = {}
     for name, phases in lives.items():
         x = np.concatenate([i + np.linspace(0, 1, len(part)) for i, part in enumerate(phases)])
-        peak = max(map(max, phases)) / MIB
-        curves[f"{name}: {peak:,.0f} MiB"] = x, np.concatenate(phases)
+        curves[f"{name}: {max(map(max, phases)) / MIB:,.0f} MiB"] = x, np.concatenate(phases)
     axes = linear_and_log(curves, ylabel="live memory (MiB)", xlim=(0, 3),
                           xticks=(0.5, 1.5, 2.5), xticklabels=("forward", "backward", "optimizer"))
     for ax in axes:
@@ -220,7 +219,7 @@ def bars(rows, columns, limit=None):
         for name, row in reversed(rows.items()):
             values = np.atleast_1d(row[key])
             ax.barh(name, values.mean(), color=look(name)["color"], alpha=0.6)
-            ax.plot(values, [name] * len(values), "k.", markersize=3)
+            ax.plot(values, [name] * len(values), "k." if len(values) > 1 else "", markersize=3)
             ax.annotate(f" {values.mean():,.1f}", (0, name), va="center", fontsize=9)
         ax.set(xlim=(0, limit))
         ax.grid(False)

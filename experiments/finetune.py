@@ -7,6 +7,9 @@ are those of experiments.compare, with the same flags and --out; what is missing
 The strongest control of a deep encoder is one block at FLL's compute with further blocks put on top
 just before fine-tuning: fresh ones, identities, or copies of it. The deployed model is the same.
 """
+if not __package__:  # as a script, it would not find fllw.py
+    raise SystemExit("run this from the repository's folder: python -m experiments.finetune")
+
 import copy
 import json
 import math

@@ -6,9 +6,7 @@
 
 Each command starts Flower's server (a SuperLink), a SuperNode for each client and the run, all on
 127.0.0.1, and ends them. The clients share out --data, or have a file each. What they run is
-flower_app.py: the loop is fllw.train() itself, and its `ask` sends messages by Flower.
-
-In a real deployment every machine has the requirements installed, and you run:
+flower_app.py: the loop is fllw.train() itself. In a real deployment, one command each instead:
 
     python -m experiments.flower --rounds 96 --clients 2 --augment natural --app APP
     flower-superlink --disable-runtime-dependency-installation --host ADDRESS
@@ -18,16 +16,12 @@ In a real deployment every machine has the requirements installed, and you run:
 It also needs certificates and node authentication: see Flower's documentation. Nothing here is a
 privacy mechanism. Flower reports its use to its makers unless FLWR_TELEMETRY_ENABLED=0 is set.
 """
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,15 +29,13 @@ import data
 import fllw
 import ssl_loss
 from data import InputError
+from experiments.flower_network import ENVIRONMENT, network
 
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds
-    "NO_PROXY": "127.0.0.1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 PROJECT = """[project]
 name = "fllw"
 version = "1.0.0"
+description = "Federated layer-wise learning"
+license = "MIT"
 [tool.flwr.app]
 publisher = "fllw"
 components = {serverapp = "flower_app:server_app", clientapp = "flower_app:client_app"}
@@ -60,56 +52,28 @@ def write_app(folder, config, timeout):
              for name, value in (asdict(config) | {"timeout": timeout}).items()]
     (folder / "pyproject.toml").write_text(PROJECT + "".join(lines))
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-@contextlib.contextmanager
-def network(folder, nodes, log, via=lambda port: port):
-    """A SuperLink, and a SuperNode for each of `nodes` (its node-config), while the block runs.
-
-    Yields (flwr, supernodes): flwr(*arguments) starts a `flwr` command, supernodes are processes.
-    via(port) is the port by which a SuperNode reaches the SuperLink, where bytes can be counted."""
-    port, processes, output = free_port(), [], open(log, "wb")
-    fcntl.flock(output, fcntl.LOCK_EX)  # by every process that writes into the log
-    (folder / "config.toml").write_text(
-        f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
-
-    def start(*command, stdout=output):
-        environment = os.environ | ENVIRONMENT | {"FLWR_HOME": str(folder)}
-        processes.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=output))
-        return processes[-1]
-
-    here, supernodes = ("--insecure", "--host", "127.0.0.1", "--port"), []
-    try:
-        start("flower-superlink", *here, str(port), "--disable-runtime-dependency-installation")
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            if processes[0].poll() is not None:
-                raise OSError(f"Flower's SuperLink ended at once (see {log})")
-            time.sleep(0.2)
-        for node in nodes:
-            text = " ".join(f"{key}={json.dumps(value)}" for key, value in node.items())
-            supernodes.append(start("flower-supernode", *here, str(free_port()), "--superlink",
-                                    f"127.0.0.1:{via(port)}", "--node-config", text))
-        yield lambda *command, stdout=None: start("flwr", *command, stdout=stdout), supernodes
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
-            process.wait()
-        output.close()
-        with open(log) as again:
-            fcntl.flock(again, fcntl.LOCK_EX)  # waits for the last process that they started
+def make_nodes(config, files):
+    """The node-config of every client, and the last data set; InputError if they are unusable."""
+    nodes, common = [], {"device": config.device, "cache": str(Path(config.cache).expanduser())}
+    for source in files or [config.data]:
+        dataset = data.load(source, config.cache, config.images)
+        fllw.initial(config, dataset.shape, "meta")  # raises if the patches do not fit
+        if source.lower() not in data.ARCHIVES:  # Flower's app cannot hold an .npz: give its path
+            known = source.lower() == "mnist5k"
+            source = str(data.MNIST5K if known else Path(source).expanduser().absolute())
+        nodes.append({"partition-id": len(nodes), "data": source} | common)
+    if not files:
+        parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+        nodes = [nodes[0] | {"partition-id": client, "num-partitions": config.clients}
+                 for client in range(len(parts))]
+    return nodes, dataset
 
 def run(config, nodes, timeout):
     """Train on a network of these nodes; returns Flower's record of the run."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_app(Path(folder) / "app", config, timeout)
-        with network(Path(folder), nodes, f"{config.out}.log") as (flwr, _):
-            flwr("run", f"{folder}/app", "here", "--stream").wait()
+    with tempfile.TemporaryDirectory() as home:
+        write_app(Path(home) / "app", config, timeout)
+        with network(Path(home), nodes, f"{config.out}.log") as (flwr, _):
+            flwr("run", f"{home}/app", "here", "--stream").wait()
             listing = flwr("list", "here", "--format", "json", stdout=subprocess.PIPE)
             runs = json.loads(listing.communicate()[0])["runs"]
     # `flwr run` ends with 0 whatever happened.
@@ -118,38 +82,25 @@ def run(config, nodes, timeout):
         sys.exit(f"{reason} (see {config.out}.log); rerun the command to resume")
     return runs[0]
 
-def make_nodes(config, files):
-    """The node-config of every client, and a data set; InputError if one cannot be trained on."""
-    nodes = []
-    for client in range(config.clients):
-        source = files[client] if files else config.data
-        dataset = data.load(source, config.cache, config.images)
-        fllw.initial(config, dataset.shape, "meta")  # raises if the patches do not fit
-        if source.lower() not in data.ARCHIVES:
-            source = data.MNIST5K if source == "mnist5k" else Path(source).expanduser().absolute()
-        node = {"partition-id": client, "data": str(source), "device": config.device,
-                "cache": str(Path(config.cache).expanduser().absolute())}
-        nodes.append(node if files else node | {"num-partitions": config.clients})
-    if not files:
-        data.partition(dataset.train_labels, config.clients)  # raises if there are too few images
-    return nodes, dataset
-
 def read_rows(config):
     path = Path(config.out) / "history.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 def report(config, shape, before, traffic):
-    """Print what a client received and sent in a round of this run, and who counted it."""
+    """Print what a client received and sent in a round of this run; `before`: rounds of others."""
     ledger, rows = fllw.Ledger(config, shape), read_rows(config)
     costs = [ledger.add(row) for row in rows][before:]
-    asked = max(1, sum(len(row["clients"]) for row in rows[before:]))
-    columns = {"stateless_download_bytes": "download_bytes", "upload_bytes": "upload_bytes"}
-    print(fllw.table({
-        "tensors, by the ledger": {column: sum(cost[name] for cost in costs) / max(1, len(costs))
-                                   for name, column in columns.items()},
-        "all, as Flower counts": {"download_bytes": traffic["outbound-bytes"] / asked,
-                                  "upload_bytes": traffic["inbound-bytes"] / asked}}))
-    print(f"Mean of a client and round, the app included. The encoder is in {config.out}")
+    asked = sum(len(row["clients"]) for row in rows[before:])
+    if costs:
+        print(fllw.table({
+            "tensors (ledger, stateless)": {
+                "download_bytes": sum(c["stateless_download_bytes"] for c in costs) / len(costs),
+                "upload_bytes": sum(c["upload_bytes"] for c in costs) / len(costs)},
+            "bodies of HTTP messages (Flower)": {
+                "download_bytes": traffic["outbound-bytes"] / asked,
+                "upload_bytes": traffic["inbound-bytes"] / asked}}))
+        print("Means of a client and round.")
+    print(f"The encoder is in {config.out}: fllw.load_encoder() reads it.")
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.flower")
@@ -168,15 +119,16 @@ def main(arguments=None):
     config = replace(config, augment=fllw.recipe_name(config), data=" ".join(files) or config.data)
     if app:
         return write_app(Path(app), config, timeout)
+    nodes, dataset = make_nodes(config, files)
     if not shutil.which("flower-superlink", path=ENVIRONMENT["PATH"]):
         raise InputError("Flower is missing: pip install -r requirements-flower.txt")
-    nodes, dataset = make_nodes(config, files)
     out = Path(config.out or f"runs/flower-{Path(config.data).stem}-seed{config.seed}")
     config = replace(config, out=str(out.expanduser().absolute()))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending Flower
     before = len(read_rows(config))
-    record = run(config, nodes, timeout)
-    report(config, dataset.shape, before, record["network-traffic"])
+    traffic = run(config, nodes, timeout)["network-traffic"]
+    report(config, dataset.shape, before, traffic)
 
 if __name__ == "__main__":
     fllw.command(main)

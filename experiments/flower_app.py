@@ -1,8 +1,7 @@
 """What runs inside Flower: the server's loop, which is fllw.train(), and one client's round.
 
-`experiments.flower` starts it, and says how a real deployment does. Flower starts a new client
-process for every message, so a client keeps nothing from one round to the next.
-"""
+`experiments.flower` starts it. Every message gets a client process of its own, so a client keeps
+nothing from one round to the next."""
 import io
 import time
 from dataclasses import fields, replace
@@ -19,11 +18,10 @@ import fllw
 client_app = ClientApp()  # Flower reads the source for these names: keep them plain assignments
 server_app = ServerApp()
 
-# ------------------------------------------------------------------------------- what both need
 def read_config(context):
     """The run's settings, which Flower hands to the server and to every client."""
-    return fllw.Config(**{f.name: type(f.default)(context.run_config[f.name])
-                          for f in fields(fllw.Config)})
+    settings = context.run_config
+    return fllw.Config(**{f.name: type(f.default)(settings[f.name]) for f in fields(fllw.Config)})
 
 def pack(tensors):
     """name -> tensor as one array of bytes: Flower makes several HTTP requests for every array."""
@@ -36,7 +34,6 @@ def unpack(record):
     with np.load(buffer, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
-# ----------------------------------------------------------------------------------- the server
 class Clients:
     """Reaches the clients of a run: one message to each, by Flower, and one answer back.
 
@@ -44,7 +41,7 @@ class Clients:
     def __init__(self, grid, timeout):
         self.grid, self.timeout = grid, timeout
         self.nodes = {}  # client -> the id of its node
-        self.known = set()  # ids of the nodes that were asked who they are
+        self.known = set()  # ids of the nodes that said who they are
         self.shapes = set()  # of images: (channels, height, width)
 
     def exchange(self, messages):
@@ -59,13 +56,11 @@ class Clients:
                 for reply in self.grid.pull_messages(list(waiting)):
                     arrived[reply.metadata.reply_to_message_id] = reply
                 waiting -= arrived.keys()
-                if key in waiting:
-                    time.sleep(0.2)
+                time.sleep(0.2 if key in waiting else 0)
             reply = arrived.pop(key, None)
-            if reply is None:
-                print(f"no answer from {who} in {self.timeout:g} seconds")
-            elif reply.has_error():
-                print(f"no answer from {who}: {reply.error.reason}")
+            if reply is None or reply.has_error():
+                reason = reply.error.reason if reply else f"{self.timeout:g} seconds are over"
+                print(f"no answer from {who}: {reason}")
             else:
                 yield who, reply.content
 
@@ -73,14 +68,12 @@ class Clients:
         """Forget the nodes that Flower has given up; ask each new one which client it is."""
         present = set(self.grid.get_node_ids())
         self.nodes = {client: node for client, node in self.nodes.items() if node in present}
-        new = sorted(present - self.known)
-        self.known |= present
-        questions = ((node, Message(RecordDict(), node, MessageType.QUERY, ttl=self.timeout))
-                     for node in new)
+        questions = [(node, Message(RecordDict(), node, MessageType.QUERY, ttl=self.timeout))
+                     for node in sorted(present - self.known)]
         for node, content in self.exchange(questions):
-            about = content["about"]
-            self.nodes[about["client"]] = node
-            self.shapes.add(tuple(about["shape"]))
+            self.known.add(node)
+            self.nodes[content["about"]["client"]] = node
+            self.shapes.add(tuple(content["about"]["shape"]))
 
     def gather(self, count):
         """Wait until `count` clients are there, or for the timeout; the shape of their images."""
@@ -90,7 +83,7 @@ class Clients:
             time.sleep(0.2)
         if len(self.shapes) != 1:
             raise data.InputError(f"clients must have images of one shape, not {self.shapes}")
-        return next(iter(self.shapes))
+        return min(self.shapes)
 
     def ask(self, stage, round_number, progress, messages):
         """The `ask` of fllw.federate(). A client without a node yields nothing: it was lost."""
@@ -125,18 +118,17 @@ def serve(grid, context):
     with fllw.run_folder(config, dataset, f"flower on {config.data}") as (folder, state):
         fllw.train(config, dataset, folder, state, ask=clients.ask)
 
-# ------------------------------------------------------------------------------------- a client
 def own_images(context):
     """(client, its images), by its node's settings; the server has no say in it.
 
     With num-partitions, it takes its part of a file that all clients share."""
     node, config = context.node_config, read_config(context)
-    client, own = node["partition-id"], slice(None)
+    client, count = node["partition-id"], node.get("num-partitions")
     dataset = data.load(node["data"], node.get("cache", "~/.cache/fllw"), config.images)
-    if "num-partitions" in node:
-        own = data.partition(dataset.train_labels, node["num-partitions"], config.alpha,
-                             config.seed)[client]
-    return client, dataset.train_images[own]
+    if not count:
+        return client, dataset.train_images
+    parts = data.partition(dataset.train_labels, count, config.alpha, config.seed)
+    return client, dataset.train_images[parts[client]]
 
 @client_app.query()
 def introduce(message, context):
@@ -148,11 +140,10 @@ def introduce(message, context):
 def answer(message, context):
     client, images = own_images(context)
     config = replace(read_config(context), device=context.node_config.get("device", "auto"))
-    task, everything = message.content["task"], torch.arange(len(images))
-    stage = fllw.Stage(task["number"], tuple(task["present"]), tuple(task["active"]),
-                       task["rounds"])
-    order = (client, unpack(message.content["tensors"]))
-    ask = fllw.in_turn(config, images, {client: everything})
+    task, order = message.content["task"], (client, unpack(message.content["tensors"]))
+    present, active = tuple(task["present"]), tuple(task["active"])
+    stage = fllw.Stage(task["number"], present, active, task["rounds"])
+    ask = fllw.in_turn(config, images, {client: torch.arange(len(images))})
     for _, reply in ask(stage, task["round_number"], task["progress"], [order]):
         report = MetricRecord({"loss": reply.loss, "images": reply.images})
         content = RecordDict({"report": report, "tensors": pack(reply.upload)})

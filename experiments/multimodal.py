@@ -7,12 +7,11 @@ Progressive Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021,
 differs: the sensors are the halves of a grey image, or luma and chroma of a colour image (Tian et
 al. 2020, 1906.05849). Of four clients the third lacks the second sensor and the fourth the first:
 they have no pairs, train what they have with NT-Xent, and upload that. Costs are those of a client
-with both. Each row and seed has a run folder in --out: rerun the command to resume.
+with both. Rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.multimodal")
 
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +21,7 @@ from torch import nn
 import data
 import fllw
 from data import InputError
-from experiments import once, parse
-from experiments.compare import save
+from experiments import once, parse, show
 from ssl_loss import ProjectionHead, features
 
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
@@ -31,6 +29,7 @@ LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not
 @dataclass(frozen=True)
 class Settings(fllw.Config):
     sensors: str = "first second"  # whose encoders a learner has
+
     def learner(self, image_shape):
         return Learner(self, image_shape)
 
@@ -44,7 +43,7 @@ def split(images):
     slices of a volume): the first channel and the others."""
     if images.shape[1] == 1:
         half = images.shape[2] // 2
-        return torch.cat([images[:, :, :half], images[:, :, -half:]], 1)
+        return torch.cat([images[:, :, :half], images[:, :, images.shape[2] - half:]], 1)
     if images.shape[1] != 3:
         return images
     jpeg = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
@@ -154,10 +153,8 @@ def main(arguments=None):
         done = [run(replace(one, seed=seed, out=f"{out}/{row}-seed{seed}"), dataset)
                 for seed in seeds]
         rows[row] = {column: [columns[column] for columns in done] for column in done[0]}
-    if name:
-        save(name, "python -m experiments.multimodal " + " ".join(sys.argv[1:]), rows)
     columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **fllw.COLUMNS}
-    print(f"\n{fllw.table(rows, columns)}")
+    show(rows, name, "multimodal", columns)
 
 if __name__ == "__main__":
     fllw.command(main)

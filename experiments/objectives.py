@@ -8,13 +8,12 @@ BYOL (Grill et al. 2020, 2006.07733). VICReg (Bardes et al. 2022, 2105.04906) ne
 predictor and no momentum encoder. The momentum encoder copies the active part alone; the frozen
 part is shared and runs once. What differs from the papers: it starts each round from what the
 client received, its momentum is constant, and head, batch norm and learning rate are those of
-fllw.py throughout. Each row and seed has a run folder in --out: rerun the command to resume.
+fllw.py throughout. Rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.objectives")
 
 import functools
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +22,7 @@ from torch import nn
 
 import data
 import fllw
-from experiments import once, parse
-from experiments.compare import save
+from experiments import once, parse, show
 
 MOMENTUM = 0.99  # where MoCo v3 starts; BYOL starts from 0.996, over far more steps
 
@@ -141,9 +139,7 @@ def main(arguments=None):
             done = done or [fllw.cost(one, dataset.shape, train_client=CLIENTS[objective])]
             key = f"{objective} {fllw.label(one)}" + ", one block" * (depth == 1)
             rows[key] = {column: [row[column] for row in done] for column in done[0]}
-    if name:
-        save(name, "python -m experiments.objectives " + " ".join(sys.argv[1:]), rows)
-    print(f"\n{fllw.table(rows)}")
+    show(rows, name, "objectives")
 
 if __name__ == "__main__":
     fllw.command(main)
