@@ -875,6 +875,8 @@ def run_folder(config, dataset, experiment=""):
     folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
     folder = folder.expanduser()
     initial(config, dataset.shape, "meta")  # raises if the patches do not fit
+    if len(dataset.train_labels):  # a server may have none; raises if there are too few
+        data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
 
     with contextlib.ExitStack() as stack:
         with friendly_errors(f"{folder} cannot be a run folder", "choose another --out"):

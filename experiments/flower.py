@@ -79,7 +79,7 @@ def run(config, nodes, timeout):
     # `flwr run` ends with 0 whatever happened.
     if not runs or runs[0]["status"] != "finished:completed":
         reason = runs[0]["status-details"] if runs else "it did not start"
-        sys.exit(f"{reason} (see {config.out}.log); rerun the command to resume")
+        sys.exit(f"{reason} (see {config.out}.log; a rerun resumes)")
     return runs[0]
 
 def read_rows(config):

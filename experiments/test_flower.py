@@ -32,9 +32,6 @@ def told(history):
     """A history without the seconds, which differ from run to run."""
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
-def state_of(folder):
-    return data.load_tensors(folder / "checkpoint.pt")["server"]
-
 # ------------------------------------------------------------------------------ without processes
 @pytest.fixture
 def identity():
