@@ -31,9 +31,6 @@ SETTINGS = {  # name: (what it is, settings, images of a client)
     "many": ("100 clients of 40 images", replace(END_TO_END, clients=100), 40),
     "tiny": ("1,000 clients of 4 images, tiny model", replace(TINY, clients=1000), 4)}
 
-class Timed(Exception):
-    """The second round is over."""
-
 class Clock:
     """Called after every round; reads the CPU time, in seconds, and ends the run after two."""
     def __init__(self):
@@ -42,7 +39,7 @@ class Clock:
     def __call__(self, *_):
         self.readings.append(time.process_time())
         if len(self.readings) == 2:
-            raise Timed
+            raise StopIteration  # the second round is over
 
 def run_ours(config, dataset, clock):
     """Rounds of this program, until the clock stops them."""
@@ -106,7 +103,7 @@ def milliseconds(run, config, dataset):
     try:
         with fllw.one_thread():
             run(config, dataset, clock)
-    except Timed:
+    except StopIteration:
         first, second = clock.readings
         return 1000 * (second - first) / config.clients
 
