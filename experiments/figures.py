@@ -44,8 +44,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 def show(figure, alt, see):
     """Display a figure with its alternative text, and below it a sentence: what to see there."""
     figure.savefig(buffer := io.BytesIO(), dpi=100)
-    picture = display.Image(buffer.getvalue(), format="png", alt=alt)
-    display.display(picture, display.Markdown(see))
+    display.display(display.Image(buffer.getvalue(), format="png", alt=alt), display.Markdown(see))
 
 def look(name):
     """A method's style for plot(), by the first of METHODS in its name; FDD's if there is none."""
@@ -65,8 +64,7 @@ def legend_below(figure, columns=4):
     """One legend for all axes of a figure, each name once."""
     named = {}
     for ax in figure.axes:
-        for handle, name in zip(*ax.get_legend_handles_labels()):
-            named.setdefault(name, handle)
+        named |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(named.values(), named, ncol=columns, loc="outside lower center")
     return figure
 
@@ -116,7 +114,7 @@ def live_bytes(config, shape):
             for start, end in zip(ticks[2:5], ticks[3:6])]  # of the second step
 
 def linear_and_log(curves, **labels):
-    """The same curves twice; curves: name -> (x, bytes)."""
+    """curves: name -> (x, bytes)."""
     axes = panels(8.5, 3.6, ("linear scale", "the same, log scale"))
     for name, (x, y) in curves.items():
         for ax in axes:
@@ -192,20 +190,20 @@ def progress(runs, losses, chance, raw):
     """Training loss (losses: method -> [seeds, rounds]), and moved k-NN against what a client had
     paid by then (runs: method -> [seeds, looks] of dicts): means, and the range over seeds."""
     axes = panels(8.5, 6, ("", ""), rows=2)
-
-    def band(ax, name, x, seeds, **more):
-        kind = {**look(name), **more}
-        ax.plot(x, np.mean(seeds, 0), **kind)
-        ax.fill_between(x, np.min(seeds, 0), np.max(seeds, 0), color=kind["color"], alpha=0.2)
-
+    for ax in (axes[1], axes[3]):
+        ax.sharey(axes[2])
+    def band(ax, name, x, seeds):
+        ax.plot(x, np.mean(seeds, 0), **look(name))
+        ax.fill_between(x, np.min(seeds, 0), np.max(seeds, 0), color=look(name)["color"], alpha=0.2)
     for name, seeds in losses.items():
-        band(axes[0], name, np.arange(1, len(seeds[0]) + 1), seeds, marker="")
+        band(axes[0], name, np.arange(1, len(seeds[0]) + 1), seeds)
         for ax, key in zip(axes[1:], COSTS):
             points = [looks[-1:] for looks in runs[name]] if key == "peak_mib" else runs[name]
             pick = np.vectorize(dict.get, otypes=[float])  # dicts [seeds, looks], key -> numbers
             band(ax, name, pick(points, key).mean(0), pick(points, "moved_knn"))
     axes[0].axhline(chance, color="grey", label="chance level of the loss")
     axes[0].set(xlabel="round", ylabel="training loss (nats)")
+    axes[0].locator_params(axis="x", integer=True)
     for ax, label in zip(axes[1:], COSTS.values()):
         ax.axhline(raw, color="black", linestyle=":", label="raw pixels")
         ax.set(xlim=(0, None), xlabel=label, ylabel="moved k-NN (%)")
@@ -226,8 +224,7 @@ def bars(rows, columns, limit=None):
     return ax.figure
 
 def saved(*patterns):
-    """Rows of experiments/results/: (file, method) -> row; patterns: names of files, as in glob.
-    What is not there is left out."""
+    """Rows of those experiments/results/PATTERN.json that are there: (file, method) -> row."""
     paths = [path for pattern in patterns for path in sorted(RESULTS.glob(f"{pattern}.json"))]
     return {(path.stem, name): row for path in paths
             for name, row in json.loads(path.read_text()).get("rows", {}).items()}

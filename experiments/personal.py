@@ -7,9 +7,10 @@ conflicts where the updates of two clients have a negative cosine. FedLAG averag
 rounds and counts such pairs; then the top_k layers with most of them stay with the clients (Nguyen
 et al. 2024, arXiv 2410.02845; the score is that of Recon, arXiv 2302.11289). As in the paper, not
 as in its code (khanhkhanhlele/FedLAG), clients still receive the others. Unlike both, an update is
-what a round of local SGD changed (received minus trained), and a layer is a block, the embedding,
-the final norm or the classifier. Resuming: pre-training goes on from its last round; personal
-layers live in memory, so a fine-tuning (of one seed and start) that is not finished begins anew.
+what a round of local AdamW changed (received minus trained weights), not a gradient of SGD, and a
+layer is a block, the embedding, the final norm or the classifier. Resuming: pre-training goes on
+from its last round; personal layers live in memory, so a fine-tuning (of one seed and start) that
+was interrupted begins anew.
 """
 import copy
 import os
@@ -29,7 +30,7 @@ from experiments import once, parse, show
 STARTS = {"FLL": "fll", "scratch": None, "end-to-end": "e2e"}  # pre-training; of e2e only FedAvg
 PRETRAINING = {"rounds": 24, "local_epochs": 2, "batch_size": 16, "lr": 4e-3, "classes": 0}
 DEFAULTS = {"images": 2000, "dim": 32, "depth": 3, "clients": 20, "rounds": 20, "batch_size": 16,
-            "lr": 0.25, "depth_dropout": 0.0, "method": "e2e", "alpha": 0.1}
+            "lr": 0.01, "depth_dropout": 0.0, "method": "e2e", "alpha": 0.1}
 COLUMNS = {"before": ("before %", 1, 1), "before_std": ("of clients", 1, 1),
            "after": ("after %", 1, 1), "after_std": ("of clients", 1, 1),
            "conflicts": ("conflicts %", 1, 1)}
@@ -45,7 +46,7 @@ class Settings(fllw.Config):
 
 def divide(config, labels):
     """Each client's images for training, and a quarter of each class held back: lists of indices.
-    alpha 0: two shards of the images sorted by label, so about two classes (McMahan et al. 2017)"""
+    alpha 0: two shards of the images sorted by label, about two classes (McMahan et al. 2017)."""
     parts = data.partition(labels, config.clients, config.alpha, config.seed)
     if config.alpha == 0:
         shards = labels.argsort(stable=True).tensor_split(2 * config.clients)
@@ -55,9 +56,10 @@ def divide(config, labels):
     return [part[torch.arange(len(part)) % 4 < 3] for part in parts], [p[3::4] for p in parts]
 
 def train_client(labels, parts, config, stage, message, images, round_number, client, progress=0.0):
-    """A client's round with its labels[parts[client]]: cross entropy, SGD at a constant rate."""
+    """A client's round with its labels[parts[client]]: cross entropy, AdamW at a constant rate."""
     learner = fllw.receive(config, message, images.shape[1:], stage)
-    optimizer = torch.optim.SGD(learner.parameters(), config.lr, momentum=0.9)
+    optimizer = torch.optim.AdamW(learner.parameters(), config.lr,
+                                  weight_decay=config.weight_decay, fused=True)
     draws = fllw.generator(config, images.device, fllw.TRAINING, round_number, client)
     own, losses = torch.from_numpy(labels[parts[client]]).to(images.device), []
     for _, chosen in fllw.local_batches(config, images, draws):
@@ -127,9 +129,10 @@ def fine_tune(config, dataset, held, ask, server, every_row=True):
     for rounds in (0, M, tuned, R):  # rows that begin as FedAvg share its rounds, bit for bit
         fllw.federate(replace(config, rounds=rounds), dataset, state, ask=fedavg)
         begin[rounds] = copy.deepcopy((state, fedavg.trained))
-    rows, pairs = {"FedAvg": judge(config, dataset, held, fedavg)}, config.clients / 2
+    rows = {"FedAvg": judge(config, dataset, held, fedavg)}
+    pairs = config.clients * (config.clients - 1) / 2
     for layer in layers:  # in % of the pairs
-        shares = [100 * n[layer] / pairs / (config.clients - 1) for n in fedavg.conflicts]
+        shares = [100 * counts[layer] / pairs for counts in fedavg.conflicts]
         rows[layer] = {f"round {number}": share for number, share in enumerate(shares, 1)}
         rows[layer]["conflicts"] = np.mean(shares[:M])
     ranked = sorted(layers, key=lambda layer: -rows[layer]["conflicts"])  # or else by height
