@@ -160,6 +160,7 @@ class ViT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    # The forward pass is cut in two: what lies below the first active block needs no gradients.
     def lower(self, images, stop):
         """Patch embedding and the first `stop` blocks: [B, C, H, W] -> tokens [B, T, D]."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, patches, D]
@@ -199,11 +200,11 @@ def block_of(name):
     return int(parts[parts.index("blocks") + 1]) if "blocks" in parts else None
 
 def assemble(config, tensors, shape):
-    """The learner that has these tensors.
+    """The learner that has these tensors; shape: (channels, height, width) of an image.
 
-    It starts as a learner without data, so nothing is initialised in vain. Then the tensors move
-    in. A block that is not among them, since it was dropped or does not exist yet, becomes the
-    identity: a model of any depth then runs through the same lower() and upper()."""
+    Its modules are made without data (PyTorch's device "meta"), then get clones of the tensors. A
+    block that is not among them, dropped or not yet there, becomes the identity: so a model of any
+    depth runs through the same lower() and upper()."""
     learner = copy_modules(blank_learner(config, tuple(shape)))
     for b in set(range(config.depth)) - {block_of(name) for name in tensors}:
         learner.encoder.blocks[b] = nn.Identity()
@@ -218,10 +219,10 @@ def encoder_of(config, server, shape):
 # ------------------------------------------------------------------ stages and depth dropout
 @dataclass(frozen=True)
 class Stage:
-    """Which blocks exist and which of them train, ascending."""
-    number: int     # counted from 1, as rounds are
-    present: tuple  # counted from 0
-    active: tuple   # some of those present
+    """One stage of the plan; blocks are numbers, ascending."""
+    number: int
+    present: tuple  # the blocks that exist
+    active: tuple   # those of them that train
     rounds: int
 
     @property
@@ -240,13 +241,14 @@ def stages(config, history=()):
 
     history: the rows of the rounds done. It is not used here; another plan may look at losses."""
     L, k = config.depth, config.blocks_per_stage
-    every, tops = tuple(range(L)), range(k, L + 1, k)
+    every, tops = tuple(range(L)), range(k, L + 1, k)  # where the blocks of each stage end
     choices = {  # (present, active), stage by stage
         "e2e": [(every, every)],                                         # everything at once
         "progressive": [(every[:top], every[:top]) for top in tops],     # all so far train
         "fll": [(every[:top], every[top - k:top]) for top in tops],      # only the newest train
+        # the newest and the last block, which is there from the first stage on:
         "lasting": [(every[:top] + every[-1:], every[top - k:top] + every[-1:])
-                    for top in range(k, L, k)]}  # and the last one, there from the first stage on
+                    for top in range(k, L, k)]}
     plan, blocks, rounds_left = [], choices[config.method], config.rounds
     for number, (present, active) in enumerate(blocks, 1):
         later = len(blocks) - number  # stages, each with a round at least
@@ -315,8 +317,8 @@ def local_step(config, learner, stage, views, criterion=contrastive_loss):
     with autocast:
         with torch.set_grad_enabled(first == 0):  # the embedding trains with block 0
             tokens = learner.encoder.lower(views, first)  # frozen: no graph, nothing is stored
-        z = learner.head(learner.encoder.upper(tokens, first))  # active: with a graph; [2B, D]
-    loss = criterion(config, z, [tokens if first else views])
+        z = learner.head(learner.encoder.upper(tokens, first))  # with a graph; [2B, head_dim]
+    loss = criterion(config, z, [tokens if first else views])  # NT-Xent needs z alone
     del z  # the graph holds what backward needs of it
     loss.backward()
     return loss.detach()
@@ -333,7 +335,8 @@ def local_train(config, stage, message, images, round_number, client, progress=0
     # AdamW starts anew every round: its moments belong to weights that averaging has replaced.
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay, fused=True)
     draws = generator(config, images.device, TRAINING, round_number, client)
-    recipe, losses = data.RECIPES[recipe_name(config)], []
+    recipe = data.RECIPES[recipe_name(config)]
+    losses = []
     step = micro_batched_step if config.micro_batch else local_step
 
     for share, chosen in local_batches(config, images, draws):
@@ -358,14 +361,14 @@ ROW = {  # what happened in a round; what follows from it, such as bytes, is for
     "clients": "who was sampled, in the order asked",
     "kept_blocks": "the blocks that each of them was sent; the others were dropped",
     "answers": "of each that answered: client; loss, mean over its local steps, nats; images; "
-               "valid, or else its upload was rejected; missing: what the stage trains, unsent",
+               "valid: false if its upload was rejected; missing: what it trained but did not send",
     "changed": "names of tensors that on_round changed on the server",
     "seconds": "of wall-clock time"}
 
-Answer = namedtuple("Answer", "upload loss images")  # name -> tensor; nats; how many images
+Answer = namedtuple("Answer", "upload loss images")  # {name: tensor}; nats; how many the client has
 
 def grow(config, server, stage, shape, device="cpu"):
-    """Add the stage's new blocks to the server's tensors; where no block is new, nothing happens.
+    """Add the stage's new blocks to the dict `server`, in place; if none is new, do nothing.
 
     The first stage starts from initial(). A new block starts as a copy of the nearest block below
     (or else of the lowest); "zero" then sets the output layers of both its halves to 0, which
@@ -380,6 +383,8 @@ def grow(config, server, stage, shape, device="cpu"):
         for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
             if starts_at_zero(config, name):
                 tensor = torch.zeros_like(tensor)
+            # A copy is the same object, not a clone: training replaces tensors, and the Ledger sees
+            # by identity what a client has already.
             server[name.replace(f"blocks.{origin}.", f"blocks.{b}.")] = tensor
         there.add(b)
 
@@ -407,6 +412,12 @@ class Average:
     def mean(self):
         return {name: (total / self.images[name]).float() for name, total in self.sums.items()}
 
+# federate() below takes three functions, so that an experiment can bring its own:
+#   plan(config, history) lists the stages.
+#   ask(stage, round_number, progress, messages) reaches the clients. messages: an iterator of pairs
+#       (client, message). It yields pairs (client, Answer) in that order; who is left out was lost.
+#   on_round(row, state) is called after every round. It may change the server's tensors, and then
+#       writes their names into row["changed"].
 def in_turn(config, images, parts, train_client=local_train):
     """The default `ask` of federate(): the clients of this process, one after the other.
 
@@ -425,19 +436,12 @@ def in_turn(config, images, parts, train_client=local_train):
             yield client, Answer(upload, losses.mean().item(), len(own))
     return ask
 
-# Three functions of the loop are arguments, so that an experiment can bring its own:
-#   plan(config, history) lists the stages.
-#   ask(stage, round_number, progress, messages) reaches the clients. It takes pairs (client,
-#       message) and yields pairs (client, Answer) in the same order. Who is missing was lost.
-#   on_round(row, state) is called after every round. It may change the server's tensors, and then
-#       writes their names into row["changed"].
 def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
              on_round=None):
     """Train by federated rounds; returns (encoder, history). config: one that passed validate();
     state: a State to resume from; train_client: like local_train, for the default ask."""
     if ask is None:
-        parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-        ask = in_turn(config, dataset.train_images, parts, train_client)
+        ask = in_turn(config, dataset.train_images, parts_of(config, dataset), train_client)
     state = state or State({}, [])
 
     while True:
@@ -452,15 +456,16 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
                 for client in sample_clients(config, round_number)}
         messages = ((client, broadcast(state.server, blocks)) for client, blocks in kept.items())
 
-        # Each trains the active blocks and sends them back. Average them as they come in.
-        trained = {name: t for name, t in state.server.items() if stage.trains(name)}
+        # Each trains the active blocks, the final norm and the head (with block 0 the embedding as
+        # well), and sends them back. Average the uploads as they come in.
+        expected = {name: t for name, t in state.server.items() if stage.trains(name)}
         average, answers = Average(), []
         for client, answer in ask(stage, round_number, progress, messages):
-            valid = is_valid(answer.upload, trained)
+            valid = is_valid(answer.upload, expected)
             if valid:
                 average.add(answer.upload, answer.images)
             answers.append({"client": client, "loss": answer.loss, "images": answer.images,
-                            "valid": valid, "missing": sorted(trained.keys() - answer.upload)})
+                            "valid": valid, "missing": sorted(expected.keys() - answer.upload)})
         stop_if_diverged(round_number, answers)
         state.server |= average.mean()
 
@@ -481,6 +486,10 @@ def pick_device(config):
     """The torch.device on which clients train."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(auto if config.device == "auto" else config.device)
+
+def parts_of(config, dataset):
+    """Which training images each client has: a list of index tensors, one a client."""
+    return data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
 
 @functools.lru_cache(maxsize=8)
 def blank_learner(config, shape):
@@ -507,7 +516,8 @@ def is_valid(upload, expected):
 
 @contextlib.contextmanager
 def one_thread():
-    """Run on one CPU thread, as every worker process does: the bits depend on that number."""
+    """Run on one CPU thread, as every worker process does: the last bits of a result depend on
+    the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -548,10 +558,11 @@ def count_macs(config, stage, kept, image_shape):
 class Ledger:
     """What rounds cost: replays the rows of a history, on tensors that have no data.
 
-    A client that keeps what it has downloads the tensors that changed since it last received
-    them. It grows a new block itself: on the server a copy is the same Python object as its
-    source, so it is not sent again until training replaces it; neither are zeros.
-    A "stateless" client keeps nothing and downloads all that it uses in every round."""
+    Identity stands for content: a tensor that changes is replaced by another object. A client that
+    keeps what it received downloads only objects that it has not received. It makes a new block
+    itself: a copy is an object that it has, and zeros need no sending. A "stateless" client keeps
+    nothing and downloads all that it uses in every round. A plan that looks at the history must
+    number its stages as without it."""
     def __init__(self, config, shape, plan=stages):
         self.config, self.shape = config, tuple(shape)
         self.stages = {stage.number: stage for stage in plan(config, ())}
@@ -589,7 +600,8 @@ class Ledger:
                 "upload_bytes": up / count, "macs": macs / count}
 
 def planned_rows(config, plan=stages, history=()):
-    """Rows of a run in which ten clients (or all, if fewer) take part in every round and answer.
+    """Rows of a run in which ten clients (or all, if fewer) take part in every round and answer:
+    enough for a mean over the draws of depth dropout.
 
     history: the rows of a real run, for a plan that looks at them."""
     clients, rows = range(min(config.clients_per_round or config.clients, 10)), []
@@ -623,12 +635,13 @@ def peak_memory(config, stage, shape, kept=None, images=0, train_client=local_tr
     kept = stage.present if kept is None else kept
     below = len([b for b in kept if b < first])  # frozen blocks are alike: only how many matters
     kept = (*range(below), *(b for b in kept if b >= first))
-    same = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
+    # Settings that do not change the memory get one value, so that metered_step()'s cache is hit.
+    canonical = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
     stage = replace(stage, number=1, rounds=1, present=kept)
-    return metered_step(same, stage, tuple(shape), images, train_client).peak
+    return metered_step(canonical, stage, tuple(shape), images, train_client).peak
 
 @functools.lru_cache(maxsize=None)
-def metered_step(config, stage, shape, images=0, train_client=local_train):
+def metered_step(config, stage, shape, images, train_client):
     """The MemoryMeter of two local steps of a client that holds the blocks stage.present; from the
     second step on the optimizer has its state.
 
@@ -682,8 +695,8 @@ def storages(tree):
 # -------------------------------------------------------------------------------- the command
 def validate(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
-    def must(true, name, rule):
-        if not true:
+    def must(holds, name, rule):
+        if not holds:
             raise InputError(f"--{name.replace('_', '-')} must be {rule}, it is "
                              f"{getattr(config, name)}")
     for f in fields(config):
@@ -693,7 +706,7 @@ def validate(config):
         if "low" in limits:
             low, high = limits["low"], limits.get("high", 1e9)
             must(low <= value <= high, f.name, f"from {low:g} to {high:g}")
-    grown = config.depth - (config.method == "lasting")  # block by block
+    grown = config.depth - (config.method == "lasting")  # its last block is there from the start
     must(config.method == "e2e" or (grown > 0 and grown % config.blocks_per_stage == 0), "depth",
          f"a multiple of --blocks-per-stage ({config.blocks_per_stage}), plus 1 if lasting")
     must(config.dim % config.heads == 0, "dim", f"a multiple of --heads ({config.heads})")
@@ -730,7 +743,7 @@ def label(config):
 def start_worker(config, images, parts, train_client):
     """Runs once in every worker process; work() then finds what it needs in work.ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    parent = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()  # if it dies, so does this worker
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     parts = [torch.from_numpy(part) for part in parts]
     work.ask = in_turn(config, torch.from_numpy(images), parts, train_client)
@@ -739,9 +752,8 @@ def work(stage, round_number, progress, client, message):
     """One client's round in a worker process. Tensors travel as numpy arrays, which are copied:
     torch would open a file descriptor for each."""
     message = {name: torch.from_numpy(array) for name, array in message.items()}
-    for _, answer in work.ask(stage, round_number, progress, [(client, message)]):
-        upload = {name: tensor.numpy() for name, tensor in answer.upload.items()}
-        return answer._replace(upload=upload)
+    _, answer = next(work.ask(stage, round_number, progress, [(client, message)]))
+    return answer._replace(upload={name: t.numpy() for name, t in answer.upload.items()})
 
 @contextlib.contextmanager
 def in_processes(config, images, parts, workers, train_client=local_train):
@@ -782,7 +794,7 @@ def in_processes(config, images, parts, workers, train_client=local_train):
 @contextlib.contextmanager
 def reach_clients(config, dataset, train_client=local_train):
     """Yields the `ask` that --workers stands for: in_processes(), or in_turn() in this process."""
-    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+    parts = parts_of(config, dataset)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
     workers = min(workers, config.clients_per_round or config.clients)
@@ -878,7 +890,7 @@ def run_folder(config, dataset, experiment=""):
     folder = folder.expanduser()
     initial(config, dataset.shape, "meta")  # raises if the patches do not fit
     if len(dataset.train_labels):  # a server may have none; raises if there are too few
-        data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
+        parts_of(config, dataset)
 
     with contextlib.ExitStack() as stack:
         with friendly_errors(f"{folder} cannot be a run folder", "choose another --out"):
@@ -965,14 +977,14 @@ def train(config, dataset, folder, state=None, train_client=local_train, ask=Non
 
     with contextlib.ExitStack() as stack:
         ask = ask or stack.enter_context(reach_clients(config, dataset, train_client))
-        encoder, history = federate(config, dataset, state, train_client, ask, plan, after)
+        encoder, history = federate(config, dataset, state, ask=ask, plan=plan, on_round=after)
     write(folder / "encoder.pt", encoder.state_dict())
     return encoder, history
 
 def price_of(config, dataset, train_client=local_train, plan=stages, history=()):
     """cost() of a run on these images."""
-    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    price = cost(config, dataset.shape, max(map(len, parts)), train_client, plan, history)
+    most = max(map(len, parts_of(config, dataset)))
+    price = cost(config, dataset.shape, most, train_client, plan, history)
     if config.clients == 1:  # no federation, nothing is sent
         price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
     return price

@@ -44,7 +44,7 @@ class ProjectionHead(nn.Sequential):
             nn.Linear(hidden, out, bias=False))
 
 def contrastive_loss(config, z, chunks):
-    """The criterion of a local step: NT-Xent of z [2B, D], the projections of both views.
+    """The criterion of a local step: NT-Xent of z [2B, head_dim], the projections of both views.
 
     chunks: the frozen blocks' output for all 2B views, a list of micro-batches (of images where
     the embedding trains). NT-Xent does not need it; other criteria do."""

@@ -10,6 +10,7 @@ if not __package__:  # as a script, it would not find fllw.py
 import argparse
 import functools
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,11 @@ MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
 ORANGE, BLUE, GREEN = "#D55E00", "#56B4E9", "#009E73"
 METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#555555", "v", ":"),
-           "equal bytes": ("#0072B2", "P", ":"), "FLL": ("#E69F00", "o", "-"),
-           "one block": ("#CC79A7", "^", "-."), "two blocks": (BLUE, "s", "-."),
-           "blocks end to end": (BLUE, "s", "-."), "lasting": (GREEN, "D", "-"),
-           "progressive": ("#999999", "D", "-"), "end-to-end": ("#0072B2", "s", "--")}
-STATES = {"dropped": ("#F0E442", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
+           "equal bytes": ("#332288", "P", ":"), "FLL": ("#E69F00", "o", "-"),
+           "one block": ("#CC79A7", "^", "-."), "blocks": (BLUE, "s", "-."),
+           "lasting": (GREEN, "D", "-"), "progressive": ("#999999", "D", "-"),
+           "end-to-end": ("#0072B2", "s", "--")}
+STATES = {"dropped": ("white", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
 COSTS = {"peak_mib": "peak memory (MiB)", "megabytes": "down + up (MB)",
          "gigamacs": "compute (10⁹ MAC for one image)"}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3,
@@ -76,20 +77,11 @@ def squares(ax, depth, columns):
     """States of blocks; columns: which are present, kept and active; each hides those before."""
     for x, parts in enumerate(columns, 1):
         for (name, (colour, hatch)), blocks in zip(STATES.items(), parts):
-            ax.bar(x, 1, 1, np.array(blocks) - 0.5, color=colour, hatch=hatch, ec="white",
+            ax.bar(x, 1, 1, np.array(blocks) - 0.5, color=colour, hatch=hatch, ec="grey",
                    label=name if x == 1 else None)
     ax.set(ylabel="block", yticks=range(depth), ylim=(-0.5, depth - 0.5))
     ax.grid(False)
     ax.figure.legend(*ax.get_legend_handles_labels(), ncol=3, loc="outside upper right")
-
-# ------------------------------------------------------------------------------------ costs
-def replay(config, shape):
-    """Yield (stage, first client's kept blocks, costs: Ledger.add() and peak) of planned rounds."""
-    ledger = fllw.Ledger(config, shape)
-    for row in fllw.planned_rows(config):
-        stage, kept = ledger.stages[row["stage"]], tuple(row["kept_blocks"][0])
-        peak = fllw.peak_memory(config, stage, shape, kept)
-        yield stage, kept, ledger.add(row) | {"peak_memory_bytes": peak}
 
 def live_bytes(config, shape):
     """Live bytes of a local step of the last stage, three lists: forward, backward, optimizer.
@@ -116,9 +108,8 @@ def live_bytes(config, shape):
 def linear_and_log(curves, **labels):
     """curves: name -> (x, bytes)."""
     axes = panels(8.5, 3.6, ("linear scale", "the same, log scale"))
-    for name, (x, y) in curves.items():
-        for ax in axes:
-            ax.plot(x, np.array(y) / MIB, **{**look(name), "marker": ""})
+    for (name, (x, y)), ax in itertools.product(curves.items(), axes):
+        ax.plot(x, np.array(y) / MIB, **{**look(name), "marker": "." if len(x) < 9 else ""})
     axes[0].set(ylim=(0, None), **labels)
     axes[1].set(yscale="log", **labels)
     return axes
@@ -129,22 +120,21 @@ def memory_over_time(lives):
     for name, phases in lives.items():
         x = np.concatenate([i + np.linspace(0, 1, len(part)) for i, part in enumerate(phases)])
         curves[f"{name}: {max(map(max, phases)) / MIB:,.0f} MiB"] = x, np.concatenate(phases)
-    axes = linear_and_log(curves, ylabel="live memory (MiB)", xlim=(0, 3),
-                          xticks=(0.5, 1.5, 2.5), xticklabels=("forward", "backward", "optimizer"))
-    for ax in axes:
+    axes = linear_and_log(curves, ylabel="live memory (MiB)", xlim=(0, 3), xticks=(0.5, 1.5, 2.5),
+                          xlabel="operations, in order (phases not to scale)",
+                          xticklabels=("forward", "backward", "optimizer"))
+    for ax, end in itertools.product(axes, (1, 2)):
         ax.grid(axis="x", visible=False)
-        for end in (1, 2):
-            ax.axvline(end, color="grey", lw=0.8)
+        ax.axvline(end, color="grey", lw=0.8)
     return legend_below(ax.figure, 2)
 
-# ------------------------------------------------------------------------------- the method
 def label_counts(counts):
     """How many images of each class each client has; counts: title -> int [clients, classes]."""
-    most = max(table.max() for table in counts.values())
-    for ax, table in zip(panels(8.5, 2.2, counts), counts.values()):
+    most, height = max(t.max() for t in counts.values()), 0.9 + 0.2 * len([*counts.values()][0])
+    for ax, table in zip(panels(8.5, height, counts), counts.values()):
         ax.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=2 * most, zorder=1)
-        for (client, label), n in np.ndenumerate(table if table.size <= 60 else table[:0]):
-            ax.text(label, client, n, ha="center", va="center", fontsize=7)
+        for (client, label), n in np.ndenumerate(table if table.size <= 100 else table[:0]):
+            ax.text(label, client, n, ha="center", va="center", fontsize=6)
         ax.set(xlabel="class", ylabel="client", yticks=range(len(table)))
     return ax.figure
 
@@ -152,8 +142,8 @@ def pictures(rows, names, titles=(), wrong=()):
     """Rows of images [C, H, W]; names: one a row; titles: (column, text); wrong: framed ones."""
     tall, wide = len(rows), len(rows[0])
     heads, size = [dict(titles).get(x, "") for x in range(wide)], min(0.75, 7.4 / wide)
-    axes = panels(size * wide + 1.1, size * tall + 0.3, heads, tall, layout="none")
-    axes = axes.reshape(tall, wide)
+    axes = panels(size * wide + 1.1, size * tall + 0.3, heads, tall, layout="none",
+                  width_ratios=[image.shape[-1] for image in rows[0]]).reshape(tall, wide)
     for row, images, name in zip(axes, rows, names):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         for ax, image in zip(row, images):
@@ -161,19 +151,23 @@ def pictures(rows, names, titles=(), wrong=()):
                 image = (127.5 * image + 127.5).clamp(0, 255).byte()
             ax.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255, zorder=1)
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
     for y, x in wrong:
         axes[y, x].spines[:].set(visible=True, color="red", linewidth=3)
     return ax.figure
 
-def similarities(matrices):
-    """Cosines [2B, 2B] of the views of B images; positives are outlined; matrices: title -> it."""
+def similarities(matrices, row):
+    """Cosines [2B, 2B] of the views of B images; positives are outlined, and a row framed."""
     axes = panels(0.4 + 4 * len(matrices), 3.8, matrices)
     for ax, matrix in zip(axes, matrices.values()):
         views, shown = np.arange(len(matrix)), np.array(matrix)
         shown[views, views] = np.nan  # not in the loss
-        image = ax.imshow(shown, cmap="PuOr_r", vmin=-1, vmax=1, zorder=1)
+        image = ax.imshow(shown, cmap="PuOr_r", vmin=-1, vmax=1)
+        ax.grid(False)
+        ax.axhspan(row - 0.5, row + 0.5, fc="none", ec="black", lw=1.5)
         ax.scatter(views, np.roll(views, len(views) // 2), 60, "none", "s", edgecolors="black")
-        ax.set(xlabel="view k", ylabel="view i", xticks=views[::5], yticks=views[::5])
+        ax.set(xlabel="view k", ylabel="view i", xticks=views[::5], yticks=views[::5],
+               facecolor="grey")
     ax.figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     return ax.figure
 
@@ -186,9 +180,9 @@ def dropout_strip(depth, stage, draws):
     ax.set(xticks=(rounds + 0.5) * clients + 0.5, xticklabels=[f"round {r + 1}" for r in rounds])
     return ax.figure
 
-def progress(runs, losses, chance, raw):
-    """Training loss (losses: method -> [seeds, rounds]), and moved k-NN against what a client had
-    paid by then (runs: method -> [seeds, looks] of dicts): means, and the range over seeds."""
+def progress(runs, losses, chance, raw, ends=()):
+    """Training loss (losses: method -> [seeds, rounds]; ends: last rounds of stages), and moved
+    k-NN against what a client had paid (runs: method -> [seeds, looks] of dicts); mean, range."""
     axes = panels(8.5, 6, ("", ""), rows=2)
     for ax in (axes[1], axes[3]):
         ax.sharey(axes[2])
@@ -202,24 +196,29 @@ def progress(runs, losses, chance, raw):
             pick = np.vectorize(dict.get, otypes=[float])  # dicts [seeds, looks], key -> numbers
             band(ax, name, pick(points, key).mean(0), pick(points, "moved_knn"))
     axes[0].axhline(chance, color="grey", label="chance level of the loss")
+    for end in ends:
+        axes[0].axvline(end + 0.5, color="grey", lw=0.6)
     axes[0].set(xlabel="round", ylabel="training loss (nats)")
-    axes[0].locator_params(axis="x", integer=True)
+    axes[0].grid(axis="x", visible=False)
+    axes[0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for ax, label in zip(axes[1:], COSTS.values()):
         ax.axhline(raw, color="black", linestyle=":", label="raw pixels")
         ax.set(xlim=(0, None), xlabel=label, ylabel="moved k-NN (%)")
     return legend_below(ax.figure, 3)
 
-def bars(rows, columns, limit=None):
-    """Bars, a panel a column; rows: method -> {key: numbers, one a seed, each with a dot};
-    columns: key -> title; limit: where all panels' axes end."""
-    axes = panels(8.5, 0.35 * len(rows) + 0.8, columns.values(), sharey=True)
+def bars(rows, columns, limits=(0, None)):
+    """A panel a column; rows: method -> {key: numbers, one a seed, each with a dot}; columns:
+    key -> title. Bars if all axes begin at 0; if limits begin above it, dots alone."""
+    axes = panels(8.5, 0.3 * len(rows) + 0.8, columns.values(), sharey=True)
     for ax, key in zip(axes, columns):
         for name, row in reversed(rows.items()):
             values = np.atleast_1d(row[key])
-            ax.barh(name, values.mean(), color=look(name)["color"], alpha=0.6)
-            ax.plot(values, [name] * len(values), "k." if len(values) > 1 else "", markersize=3)
-            ax.annotate(f" {values.mean():,.1f}", (0, name), va="center", fontsize=9)
-        ax.set(xlim=(0, limit))
+            if limits[0] == 0:
+                ax.barh(name, values.mean(), color=look(name)["color"], alpha=0.6)
+            dots = "ko" if limits[0] or len(values) > 1 else ""
+            ax.plot(values, [name] * len(values), dots, markersize=4)
+            ax.annotate(f" {values.mean():,.1f}", (limits[0], name), va="center", fontsize=9)
+        ax.set(xlim=limits)
         ax.grid(False)
     return ax.figure
 
@@ -230,9 +229,8 @@ def saved(*patterns):
             for name, row in json.loads(path.read_text()).get("rows", {}).items()}
 
 def budget(results):
-    """Accuracy against compute; results: (title, column of the tables) -> names of results/*.json.
-
-    A point is a method with one budget. It has a bar, the standard deviation, if it has seeds."""
+    """Accuracy against compute; results: (title, column) -> names of results/*.json. A point is a
+    method with one budget. It has a bar, the standard deviation, if it has seeds."""
     axes = panels(8.5, 3.6, [title for title, _ in results])
     for ax, ((_, column), names) in zip(axes, results.items()):
         methods = {}  # name -> points (compute, mean, deviation)
@@ -242,9 +240,8 @@ def budget(results):
                 point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
                 methods.setdefault(name.split(",")[0], []).append(point)
         for method, points in methods.items():
-            ax.errorbar(*np.transpose(sorted(points)), capsize=4, **look(method))
-        label = column.replace("knn", "k-NN (%)").replace("_", " ")
-        ax.set(xlabel=COSTS["gigamacs"], ylabel=label)
+            ax.errorbar(*np.transpose(sorted(points)), capsize=4, mfc="none", **look(method))
+        ax.set(xlabel=COSTS["gigamacs"], ylabel=column.replace("knn", "k-NN (%)").replace("_", " "))
     return legend_below(ax.figure)
 
 SAVED = {("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
@@ -265,14 +262,17 @@ def stages_gif(path, step=5):
     """PHONE's stages as an animated GIF, one frame every `step` rounds; the last one stays."""
     whole = fllw.cost(replace(PHONE, method="e2e"), COLOUR)
     total, sent, gif = (whole["download_bytes"] + whole["upload_bytes"]) / 1e6, 0, []
-    for i, (stage, kept, cost) in enumerate(replay(PHONE, COLOUR), 1):
+    ledger = fllw.Ledger(PHONE, COLOUR)
+    for i, row in enumerate(fllw.planned_rows(PHONE), 1):
+        stage, kept, cost = ledger.stages[row["stage"]], row["kept_blocks"][0], ledger.add(row)
         sent += (cost["download_bytes"] + cost["upload_bytes"]) / 1e6
         if i % step == 0:
             titles = "", "memory (MiB)", "down + up so far (MB)"
             left, middle, right = panels(6, 3.6, titles, dpi=80, width_ratios=[1, 2, 2])
             squares(left, PHONE.depth, [(stage.present, kept, stage.active)])
             left.set(xticks=[], title=f"round {i}")
-            upright(middle, {"FLL + FDD": cost["peak_memory_bytes"] / MIB,
+            peak = fllw.peak_memory(PHONE, stage, COLOUR, tuple(kept))
+            upright(middle, {"FLL + FDD": peak / MIB,
                              "end-to-end": whole["peak_memory_bytes"] / MIB})
             upright(right, {"FLL + FDD": sent, "end-to-end": total * i / PHONE.rounds})
             right.set(ylim=(0, 1.15 * total))
@@ -280,12 +280,12 @@ def stages_gif(path, step=5):
             gif.append(Image.open(buffer))
     gif[0].save(path, save_all=True, append_images=gif[1:] + 6 * gif[-1:], duration=333, loop=0)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
 def main(arguments=None):
-    parser = Parser(prog="python -m experiments.figures", description=__doc__.split("\n\n")[0])
+    def error(message):
+        raise InputError(message)
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures",
+                                     description=__doc__.split("\n\n")[0])
+    parser.error = error  # one sentence instead of the usage
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
     out = parser.parse_args(arguments).out
     if not out.is_dir():
