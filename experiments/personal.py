@@ -7,10 +7,10 @@ conflicts where the updates of two clients have a negative cosine. FedLAG averag
 rounds and counts such pairs; then the top_k layers with most of them stay with the clients (Nguyen
 et al. 2024, arXiv 2410.02845; the score is that of Recon, arXiv 2302.11289). As in the paper, not
 as in its code (khanhkhanhlele/FedLAG), clients still receive the others. Unlike both, an update is
-what a round of local AdamW changed (received minus trained weights), not a gradient of SGD, and a
-layer is a block, the embedding, the final norm or the classifier. Resuming: pre-training goes on
-from its last round; personal layers live in memory, so a fine-tuning (of one seed and start) that
-was interrupted begins anew.
+what a round of local training changed (received minus trained weights), not a gradient, and a layer
+is a block, the embedding, the final norm or the classifier. Resuming: pre-training goes on from its
+last round; personal layers live in memory, so a fine-tuning (of one seed and start) that was
+interrupted begins anew.
 """
 import copy
 import os
@@ -28,16 +28,22 @@ from data import InputError
 from experiments import once, parse, show
 
 STARTS = {"FLL": "fll", "scratch": None, "end-to-end": "e2e"}  # pre-training; of e2e only FedAvg
-PRETRAINING = {"rounds": 24, "local_epochs": 2, "batch_size": 16, "lr": 4e-3, "classes": 0}
+PRETRAINING = {"rounds": 24, "local_epochs": 2, "batch_size": 16, "lr": 4e-3, "classes": 0,
+               "optimizer": ""}
 DEFAULTS = {"images": 2000, "dim": 32, "depth": 3, "clients": 20, "rounds": 20, "batch_size": 16,
             "lr": 0.01, "depth_dropout": 0.0, "method": "e2e", "alpha": 0.1}
 COLUMNS = {"before": ("before %", 1, 1), "before_std": ("of clients", 1, 1),
            "after": ("after %", 1, 1), "after_std": ("of clients", 1, 1),
            "conflicts": ("conflicts %", 1, 1)}
 
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True),
+              "sgd": partial(torch.optim.SGD, momentum=0.9)}
+
 @dataclass(frozen=True)
 class Settings(fllw.Config):
     classes: int = 0  # 0: a projection head
+    optimizer: str = ""
+
     def learner(self, image_shape):
         learner = super().learner(image_shape)
         if self.classes:
@@ -56,10 +62,10 @@ def divide(config, labels):
     return [part[torch.arange(len(part)) % 4 < 3] for part in parts], [p[3::4] for p in parts]
 
 def train_client(labels, parts, config, stage, message, images, round_number, client, progress=0.0):
-    """A client's round with its labels[parts[client]]: cross entropy, AdamW at a constant rate."""
+    """A client's round with its labels[parts[client]]: cross entropy, a constant rate."""
     learner = fllw.receive(config, message, images.shape[1:], stage)
-    optimizer = torch.optim.AdamW(learner.parameters(), config.lr,
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = OPTIMIZERS[config.optimizer](learner.parameters(), lr=config.lr,
+                                             weight_decay=config.weight_decay)
     draws = fllw.generator(config, images.device, fllw.TRAINING, round_number, client)
     own, losses = torch.from_numpy(labels[parts[client]]).to(images.device), []
     for _, chosen in fllw.local_batches(config, images, draws):
@@ -170,6 +176,8 @@ def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.personal")
     parser.add_argument("--split", choices=("dirichlet", "two-classes"), default="dirichlet",
                         help="of the labels; dirichlet: --alpha, here 0.1 by default")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw",
+                        help="of fine-tuning; for sgd try --lr 0.1 --local-epochs 4 --rounds 12")
     given = parse(parser, arguments, {"method", "seed", "clients_per_round"})
     seeds, split, name = given.pop("seeds"), given.pop("split"), given.pop("save")
     config = Settings(**DEFAULTS | given)

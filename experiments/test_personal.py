@@ -16,7 +16,8 @@ from experiments import compare, personal
 from experiments.personal import Personal, layer_of
 
 CLIENTS = personal.Settings(dim=8, depth=2, heads=2, clients=4, rounds=4, batch_size=4, lr=0.01,
-                            method="e2e", device="cpu", augment="digits", alpha=0.5, classes=4)
+                            method="e2e", device="cpu", augment="digits", alpha=0.5, classes=4,
+                            optimizer="sgd")
 LAYERS = ["embedding", "block 0", "block 1", "final norm", "classifier"]
 PIXELS = torch.randint(0, 256, (96, 1, 14, 14), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
