@@ -422,12 +422,12 @@ def in_turn(config, images, parts, train_client=local_train):
     """The default `ask` of federate(): the clients of this process, one after the other.
 
     images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
-    data.partition(); train_client: like local_train."""
-    images = images.to(pick_device(config))
+    data.partition(); both tensors or arrays; train_client: like local_train."""
+    images = torch.as_tensor(images, device=pick_device(config))
 
     def ask(stage, round_number, progress, messages):
         for client, message in messages:
-            own = images[parts[client].to(images.device)]
+            own = images[torch.as_tensor(parts[client], device=images.device)]
             message = {name: tensor.to(images.device) for name, tensor in message.items()}
             with one_thread():
                 upload, losses = train_client(config, stage, message, own, round_number, client,
@@ -740,13 +740,12 @@ def label(config):
     return name
 
 # -- worker processes
-def start_worker(config, images, parts, train_client):
+def start_worker(make_ask):
     """Runs once in every worker process; work() then finds what it needs in work.ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     parent = multiprocessing.parent_process()  # if it dies, so does this worker
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    parts = [torch.from_numpy(part) for part in parts]
-    work.ask = in_turn(config, torch.from_numpy(images), parts, train_client)
+    work.ask = make_ask()
 
 def work(stage, round_number, progress, client, message):
     """One client's round in a worker process. Tensors travel as numpy arrays, which are copied:
@@ -762,9 +761,10 @@ def in_processes(config, images, parts, workers, train_client=local_train):
     The answers equal those of in_turn() bit for bit, whatever the number of workers: every client
     runs on one thread, and answers are yielded in the order asked. Arguments as for in_turn();
     train_client must be a function of a module, or a functools.partial of one."""
-    arguments = config, images.numpy(), [part.numpy() for part in parts], train_client
+    images, parts = images.numpy(), [part.numpy() for part in parts]
+    make_ask = functools.partial(in_turn, config, images, parts, train_client)
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, arguments)
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, [make_ask])
 
     def collect(client, future):
         answer = future.result()

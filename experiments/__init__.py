@@ -16,9 +16,14 @@ if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
+from pathlib import Path
+
+import torch
 
 import fllw
 from data import InputError, friendly_errors
+
+RESULTS = Path(__file__).parent / "results"
 
 def once(config, dataset, experiment, work):
     """The columns {name: number} of a run: read back if its folder has them, else work(folder,
@@ -59,11 +64,16 @@ def parse(parser, arguments, fixed=(), seeds="+"):
         raise InputError("--seeds names a seed twice: their spread would be wrong")
     return given
 
+def save(name, command, rows):
+    """Keep the numbers behind a table: experiments/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread per client"
+    where = f"torch {torch.__version__}, {gpu}"
+    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
+
 def show(rows, name, experiment, columns=fllw.COLUMNS):
     """Print a table of rows as for fllw.table(); before that, keep it under a name, if one is given
     with --save: a terminal that cannot print must not lose it."""
-    from experiments import compare  # not above: it imports this package
     if name:
-        command = " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]])
-        compare.save(name, command, rows)
+        save(name, " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]]), rows)
     print(f"\n{fllw.table(rows, columns)}")

@@ -21,11 +21,10 @@ import torch
 import data
 import fllw
 from data import InputError
-from experiments import once, plain_name
+from experiments import once, plain_name, save
 from fllw import Config, table
 from ssl_loss import evaluate
 
-RESULTS = Path(__file__).parent / "results"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 BASELINES = {"raw": "raw pixels", "random": "random encoder"}
 COMPUTE, BYTES = ("macs",), ("download_bytes", "upload_bytes")
@@ -132,13 +131,6 @@ def measure(key, row, dataset, out):
         return fllw.result(row, dataset, encoder, history)
 
     return once(row, dataset, f"compare {key}", work)
-
-def save(name, command, rows):
-    """Keep the numbers behind a table: experiments/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread per client"
-    where = f"torch {torch.__version__}, {gpu}"
-    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
 
 def arguments(parser, rows, default):
     """Add the flags that rows, seeds and rates need; parse; give (settings, the other flags)."""

@@ -24,7 +24,7 @@ from torch import nn
 import data
 import fllw
 from data import InputError
-from experiments import compare
+from experiments import compare, save
 from ssl_loss import first_of_each_class
 
 TUNING = 100  # what its draws are for
@@ -143,7 +143,7 @@ def main():
             for column, value in columns.items():
                 results.setdefault(name, {}).setdefault(column, []).append(value)
     if flags["save"]:
-        compare.save(flags["save"], "python -m experiments.finetune " + " ".join(sys.argv[1:]),
+        save(flags["save"], "python -m experiments.finetune " + " ".join(sys.argv[1:]),
                      results)
     columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
     print(f"\n{len(dataset.test_images):,} test images, seeds {flags['seeds']}; fine-tuned on so "

@@ -20,7 +20,7 @@ import data
 import experiments
 import fllw
 from data import InputError
-from experiments import compare
+from experiments import save
 from fllw import Config
 from ssl_loss import nt_xent
 
@@ -138,7 +138,7 @@ def main(arguments=None):
         note = '\nFor pfl-research\'s column: pip install "pfl[pytorch]==0.6.0"'
     rows = {SETTINGS[name][0]: measure(name, given["turns"], sides) for name in given["settings"]}
     if given["save"]:
-        compare.save(given["save"], "python -m experiments.fixed_cost " + " ".join(sys.argv[1:]),
+        save(given["save"], "python -m experiments.fixed_cost " + " ".join(sys.argv[1:]),
                      rows)
     columns = {"ours": ("ours, ms", 1, 1), "pfl": ("pfl, ms", 1, 1), "ratio": ("pfl/ours", 1, 2)}
     print(f"CPU time of one client's round, median of {given['turns']} turns\n"

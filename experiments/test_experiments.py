@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import experiments
 import fllw
-from experiments import (alignment, calibration, compare, early_stopping, finetune, multimodal,
+from experiments import (alignment, calibration, compare, early_stopping, multimodal,
                          objectives, paper_scale)
 from fllw import Config, Stage
 from ssl_loss import features
@@ -352,7 +353,7 @@ def test_a_command_saves_when_asked_and_before_it_prints_and_shows_a_finished_ru
     flags, rows = COMMANDS[experiment]
     file = npz / ("rgba.npz" if experiment is multimodal else "grey.npz")
     flags = [*TINY, *flags.split(), "--out", tmp_path / "runs", "--data", file]
-    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(objectives, "CLIENTS", {"byol": objectives.momentum_train})
     shown, table = [], fllw.table
     for module in (fllw, compare):

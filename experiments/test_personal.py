@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import data
+import experiments
 import fllw
-from experiments import compare, personal
+from experiments import personal
 from experiments.personal import Personal, layer_of
 
 CLIENTS = personal.Settings(dim=8, depth=2, heads=2, clients=4, rounds=4, batch_size=4, lr=0.01,
@@ -93,7 +94,7 @@ def test_the_command_saves_and_reads_back(tmp_path, monkeypatch):
     def here(config, images, parts, workers, train_client=fllw.local_train):
         yield fllw.in_turn(config, images, parts, train_client)
     monkeypatch.setattr(fllw, "in_processes", here)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(personal, "STARTS", {"FLL": "fll"})
     monkeypatch.setitem(personal.PRETRAINING, "rounds", 2)
     flags = ("--images 80 --clients 5 --dim 8 --depth 2 --heads 2 --rounds 4 --seeds 0 --split "
