@@ -833,7 +833,8 @@ def load_state(folder, config, shape):
     if not path.exists():
         rows.unlink(missing_ok=True)
         return None
-    with friendly_errors(f"{path} is no checkpoint of this run", "choose another --out"):
+    with friendly_errors(f"{path} and {rows.name} are no checkpoint of this run",
+                         "choose another --out"):
         saved, fresh = load_tensors(path), initial(config, shape, "meta")
         lines = rows.read_text().splitlines(keepends=True)[:saved["rounds"]]
         state = State(saved["server"], [json.loads(line) for line in lines])
@@ -857,7 +858,8 @@ def load_encoder(folder):
         experiment, shape = saved["experiment"], saved["image_shape"]
     reason = (f"the encoder in {folder} was made by experiments.{experiment.split()[0]} and is no "
               "plain ViT" if experiment else f"{folder}/encoder.pt is damaged")
-    with friendly_errors(reason, "load it there" if experiment else "train again"):
+    advice = "load it there" if experiment else "delete it and rerun the command"
+    with friendly_errors(reason, advice):
         named = broadcast(initial(config, shape), ())  # for the head
         tensors = load_tensors(folder / "encoder.pt")
         named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
@@ -1001,7 +1003,7 @@ def run(config):
     dataset = data.load(config.data, config.cache, config.images)
     with run_folder(config, dataset) as (out, state):
         summary = out / "summary.json"
-        if summary.exists():
+        if summary.exists() and (out / "encoder.pt").exists():
             with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
                 saved = table(json.loads(summary.read_text()))
             print(f"{out} is finished:\n{saved}")

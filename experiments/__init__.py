@@ -42,7 +42,7 @@ def once(config, dataset, experiment, work):
 
 def plain_name(text):
     """For --save: the name of a file without its folder and ending."""
-    if any(not (letter.isalnum() or letter in "-_") for letter in text):
+    if not text or any(not (letter.isalnum() or letter in "-_") for letter in text):
         raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, - and _ alone")
     return text
 
@@ -51,7 +51,7 @@ def parse(parser, arguments, fixed=(), seeds="+"):
 
     fixed: flags that the experiment sets itself; seeds: how many, for argparse, "" for none."""
     group = parser.add_argument_group("table")
-    group.add_argument("--save", metavar="NAME", type=plain_name, default="",
+    group.add_argument("--save", metavar="NAME", type=plain_name, default=None,
                        help="also keep the table as experiments/results/NAME.json")
     if seeds:
         group.add_argument("--seeds", nargs=seeds, type=int, default=[0, 1, 2],

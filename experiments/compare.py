@@ -69,7 +69,7 @@ def matched(rows, key, shape):
 def plan_rows(keys, config, dataset, rate):
     """The settings of the rows `keys`: key -> Config. rate(key of a row of variants(), Config) ->
     its learning rate."""
-    rows, plan = variants(config), dict.fromkeys(BASELINES, config)
+    rows, plan = variants(config), dict.fromkeys(BASELINES, replace(config, lr=Config.lr))
     for key in keys:
         if key in BASELINES:
             continue
@@ -138,22 +138,29 @@ def arguments(parser, rows, default):
     mine.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", default=default.split(),
                       help="in the order of the table: " + " ".join(rows))
     mine.add_argument("--seeds", nargs="+", type=int, default=[0], help="instead of --seed")
-    mine.add_argument("--rates", nargs="+", type=float, default=list(RATES),
+    mine.add_argument("--rates", nargs="+", type=float,
                       help="learning rates to choose from, row by row; --lr: one for all")
     mine.add_argument("--one-block-lr", type=float, help="with --lr: that of one block")
-    mine.add_argument("--save", type=plain_name, default="", metavar="NAME",
+    mine.add_argument("--save", type=plain_name, default=None, metavar="NAME",
                       help="also keep the table as experiments/results/NAME.json")
     given = vars(parser.parse_args())
     for differs in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{differs.replace('_', '-')} differs from row to row: leave it out")
-    flags = {key: given.pop(key) for key in ("rows", "seeds", "rates", "save")}
+    flags = {key: given.pop(key, None) for key in ("rows", "seeds", "rates", "save")}
     flags["one_block_lr"] = given.pop("one_block_lr", None)
     known = {f.name for f in fields(Config)}  # flags that the caller added are left
     flags["more"] = {key: given.pop(key) for key in given.keys() - known}
     if flags["one_block_lr"] is not None and "lr" not in given:
         raise InputError("--one-block-lr goes with --lr: without it every row's rate is chosen")
-    if len(set(flags["seeds"])) < len(flags["seeds"]):
-        raise InputError("--seeds names a seed twice: their spread would be wrong")
+    if flags["rates"] and "lr" in given:
+        raise InputError("--lr is one rate for all rows, --rates are to choose from: give one of "
+                         "the two")
+    flags["rates"] = flags["rates"] or list(RATES)
+    for name in ("rows", "seeds", "rates"):
+        if len(set(flags[name])) < len(flags[name]):
+            raise InputError(f"--{name} names {flags[name]}, one of them twice: leave it out")
+    if not all(1e-6 <= rate <= 1 for rate in flags["rates"]):
+        raise InputError(f"--rates must be from 1e-6 to 1, they are {flags['rates']}")
     config = Config(**given, depth_dropout=0.0)
     for seed in flags["seeds"]:
         for rate in flags["rates"]:

@@ -124,8 +124,10 @@ def main():
     keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
     config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
     epochs, counts, draws = (flags["more"][key] for key in ("epochs", "labels", "draws"))
-    if min(epochs, draws) < 1 or min(counts) < 0:
-        raise InputError("--epochs and --draws must be at least 1, --labels at least 0")
+    for name, least, values in (("epochs", 1, [epochs]), ("draws", 1, [draws]),
+                                ("labels", 0, counts)):
+        if min(values) < least:
+            raise InputError(f"--{name} must be at least {least}, it is {min(values)}")
     dataset = data.load(config.data, config.cache, config.images)
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     trained = [BASE if key in GROWN else key for key in flags["rows"] if key not in SCRATCH]

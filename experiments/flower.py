@@ -114,8 +114,11 @@ def main(arguments=None):
     files, timeout, app = given.pop("files"), given.pop("timeout"), given.pop("app")
     config = fllw.Config(**given)
     fllw.validate(config)
-    if not 0 < timeout < 1e9 or len(files) not in (0, config.clients):
-        raise InputError("--timeout must be above 0, and --files one for each of --clients")
+    if not 0 < timeout < 1e9:
+        raise InputError(f"--timeout must be above 0 seconds, it is {timeout}")
+    if len(files) not in (0, config.clients):
+        raise InputError(f"--files must be one for each of --clients ({config.clients}), they are "
+                         f"{len(files)}")
     config = replace(config, augment=fllw.recipe_name(config), data=" ".join(files) or config.data)
     if app:
         return write_app(Path(app), config, timeout)

@@ -1,4 +1,4 @@
-"""Tests of finetune.py: what is put on top of one block, and that the encoder given stays as it is."""
+"""Tests of finetune.py: what is put on top of one block; the encoder given stays as it is."""
 from dataclasses import replace
 
 import pytest
