@@ -206,19 +206,19 @@ def progress(runs, losses, chance, raw, ends=()):
         ax.set(xlim=(0, None), xlabel=label, ylabel="moved k-NN (%)")
     return legend_below(ax.figure, 3)
 
-def bars(rows, columns, limits=(0, None)):
+def bars(rows, columns, limits=None):
     """A panel a column; rows: method -> {key: numbers, one a seed, each with a dot}; columns:
-    key -> title. Bars if all axes begin at 0; if limits begin above it, dots alone."""
+    key -> title. Bars; with limits of the axes dots alone, since a bar has to begin at 0."""
     axes = panels(8.5, 0.3 * len(rows) + 0.8, columns.values(), sharey=True)
     for ax, key in zip(axes, columns):
         for name, row in reversed(rows.items()):
             values = np.atleast_1d(row[key])
-            if limits[0] == 0:
+            x, side = (values.min(), "right") if limits else (0, "left")
+            if not limits:
                 ax.barh(name, values.mean(), color=look(name)["color"], alpha=0.6)
-            dots = "ko" if limits[0] or len(values) > 1 else ""
-            ax.plot(values, [name] * len(values), dots, markersize=4)
-            ax.annotate(f" {values.mean():,.1f}", (limits[0], name), va="center", fontsize=9)
-        ax.set(xlim=limits)
+            ax.plot(values, [name] * len(values), "ko" if limits or values[1:].size else "", ms=4)
+            ax.annotate(f" {values.mean():,.1f} ", (x, name), va="center", ha=side, fontsize=9)
+        ax.set(xlim=limits or (0, None))
         ax.grid(False)
     return ax.figure
 
