@@ -385,7 +385,7 @@ def test_paper_scale_rehearses_at_toy_size(npz, tmp_path, monkeypatch, capsys, u
     monkeypatch.setattr(paper_scale, "ROWS", ("raw", "scratch", "fll"))
     monkeypatch.setattr(paper_scale, "side_by_side", in_this_process)
     call(paper_scale, monkeypatch, "--rehearse", *"--images 0 --minutes 0.01 --device cpu".split(),
-         "--workers", "1", "--data", npz / "grey.npz", "--out", tmp_path / "toy", "--save", "")
+         "--workers", "1", "--data", npz / "grey.npz", "--out", tmp_path / "toy")
     printed = capsys.readouterr().out
     assert "images/s" in printed and "from scratch" in printed and "TFLOP/s" in printed
     rounds = json.loads((tmp_path / "toy" / "rounds.json").read_text())
@@ -410,8 +410,8 @@ multimodal --patch-size 2 --seeds 0 --images 0 : --patch-size 2 must divide what
 paper_scale --rehearse --minutes nan       : --minutes must be above 0
 paper_scale --rehearse --at-once 0         : --at-once 1 or more
 paper_scale --rehearse --depth 1           : cannot be trained with --depth 1
-compare --rows fll --seeds 1 1             : names a seed twice
-compare --rows fll --rates nan             : --lr must be from
+compare --rows fll --seeds 1 1             : one of them twice
+compare --rows fll --rates nan             : --rates must be from
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())
