@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import experiments
 import fllw
-from experiments import (alignment, calibration, compare, early_stopping, multimodal,
+from experiments import (alignment, calibration, compare, early_stopping, finetune, multimodal,
                          objectives, paper_scale)
 from fllw import Config, Stage
 from ssl_loss import features
@@ -379,7 +379,8 @@ def test_paper_scale_rehearses_at_toy_size(npz, tmp_path, monkeypatch, capsys, u
     """Its rows are commands; here they run in this process."""
     def in_this_process(commands, at_once):
         for line in commands.values():
-            call(sys.modules[line[2]], monkeypatch, *line[3:])
+            experiment = {one.__name__: one for one in (compare, finetune)}[line[2]]
+            call(experiment, monkeypatch, *line[3:])
         return []
 
     monkeypatch.setattr(paper_scale, "ROWS", ("raw", "scratch", "fll"))
