@@ -851,6 +851,8 @@ def load_encoder(folder):
     folder = Path(folder).expanduser()
     if not (folder / "encoder.pt").exists():
         advice = "rerun its command" if (folder / "checkpoint.pt").exists() else "train with --out"
+        if (folder / "summary.json").exists():  # experiments show it without looking any further
+            advice = "delete its summary.json and rerun its command"
         raise InputError(f"{folder} holds no finished run: {advice}")
     with friendly_errors(f"{folder}/config.json cannot be read", "train again with another --out"):
         saved = json.loads((folder / "config.json").read_text())

@@ -1021,6 +1021,21 @@ def test_a_diverged_run_ends_with_the_advice_to_take_a_smaller_lr(npz, tmp_path,
     assert (status, said) == (1, "the encoder's features are not finite: take a smaller --lr and "
                                  "another --out")
 
+def test_a_finished_run_gets_its_encoder_back(npz, finished, unfinished, capsys):
+    """Its summary alone is no finished run: the same command writes the encoder anew."""
+    (unfinished / "summary.json").write_bytes((finished[0] / "summary.json").read_bytes())
+    with pytest.raises(InputError, match="delete its summary.json and rerun"):
+        fllw.load_encoder(unfinished)
+    fllw.main(["--data", str(npz), *TINY, "--out", str(unfinished)])
+    assert "is finished" not in capsys.readouterr().out
+    ours, theirs = fllw.load_encoder(unfinished), fllw.load_encoder(finished[0])
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+def test_a_damaged_history_is_named(npz, unfinished):
+    (unfinished / "history.jsonl").write_text('{"round": 1, "st')
+    with pytest.raises(InputError, match="history.jsonl"):
+        opened(npz, unfinished)
+
 def test_damaged_files_are_one_sentence_or_do_no_harm(npz, finished, unfinished, tmp_path):
     """Every kind of file that is read, forty times with random damage."""
     for name in ("encoder.pt", "summary.json"):

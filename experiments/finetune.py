@@ -124,6 +124,8 @@ def main():
     keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
     config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
     epochs, counts, draws = (flags["more"][key] for key in ("epochs", "labels", "draws"))
+    if len(set(counts)) < len(counts):
+        raise InputError(f"--labels names {counts}, one of them twice: leave it out")
     for name, least, values in (("epochs", 1, [epochs]), ("draws", 1, [draws]),
                                 ("labels", 0, counts)):
         if min(values) < least:

@@ -149,8 +149,10 @@ def main(arguments=None):
     given = parse(parser, arguments, set(VARIES), seeds="")
     minutes, at_once, name, rehearse = (
         given.pop(flag) for flag in ("minutes", "at_once", "save", "rehearse"))
-    if not 0 < minutes < math.inf or at_once < 1:
-        raise InputError("--minutes must be above 0, and --at-once 1 or more")
+    if not 0 < minutes < math.inf:
+        raise InputError(f"--minutes must be above 0, it is {minutes:g}")
+    if at_once < 1:
+        raise InputError(f"--at-once must be 1 or more, it is {at_once}")
     base, epochs = (TOY, 2) if rehearse else (PAPER, TUNE)
     config = replace(base, **given)
     fllw.validate(config)

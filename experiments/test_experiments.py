@@ -409,10 +409,14 @@ early_stopping --encoders cnn --dim 2      : --dim must be 4 or more for the CNN
 multimodal --augment natural               : --augment must be digits
 multimodal --patch-size 2 --seeds 0 --images 0 : --patch-size 2 must divide what a sensor sees, 7
 paper_scale --rehearse --minutes nan       : --minutes must be above 0
-paper_scale --rehearse --at-once 0         : --at-once 1 or more
+paper_scale --rehearse --at-once 0         : --at-once must be 1 or more
 paper_scale --rehearse --depth 1           : cannot be trained with --depth 1
 compare --rows fll --seeds 1 1             : one of them twice
 compare --rows fll --rates nan             : --rates must be from
+compare --rows fll fll                     : one of them twice
+compare --rates 0.001 --lr 0.1             : give one of the two
+compare --save=                            : must be letters
+finetune --labels 5 5                      : --labels names [5, 5]
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())
