@@ -5,10 +5,8 @@ Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small w
 import contextlib
 import hashlib
 import math
-import os
 import tarfile
 import urllib.request
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +28,6 @@ def friendly_errors(what, advice):
     except Exception as error:  # torch.load and numpy.load raise many kinds
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(f"{what} ({reason}): {advice}") from None
-
-def load_tensors(path):
-    """torch.load() of plain tensors and containers, the checksums of the file checked."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("a checksum does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
@@ -68,7 +59,6 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 class Archive(NamedTuple):
     """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
     url: str
-    size: int  # bytes
     sha256: str
     train: list  # members of the archive
     test: list
@@ -76,12 +66,12 @@ class Archive(NamedTuple):
 
 ARCHIVES = {
     "cifar10": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170_052_171,
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)],
         ["cifar-10-batches-bin/test_batch.bin"], 1),
     "cifar100": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", 168_513_733,
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ["cifar-100-binary/train.bin"], ["cifar-100-binary/test.bin"], 2)}
 
@@ -149,27 +139,19 @@ def load_cifar(archive, path):
 
 def download(archive, cache):
     """The path of an archive with the right checksum; fetched once, under a temporary name."""
-    path = cache / archive.url.rsplit("/", 1)[1]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path = source = cache / archive.url.rsplit("/", 1)[1]
     with friendly_errors(f"could not download {archive.url}",
-                         f"run the command again, or put the file at {path} yourself"):
+                         f"rerun the command, or put the file at {path} yourself"):
         cache.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            print(f"downloading {archive.url} ({archive.size / 1e6:.0f} MB)", flush=True)
-            try:
-                with urllib.request.urlopen(archive.url, timeout=60) as reply:
-                    temporary.write_bytes(reply.read())
-                verify(archive, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        verify(archive, path)
+            source = path.with_name(path.name + ".tmp")
+            print(f"downloading {archive.url}, about 170 MB", flush=True)
+            with urllib.request.urlopen(archive.url, timeout=60) as reply:
+                source.write_bytes(reply.read())
+        if hashlib.sha256(source.read_bytes()).hexdigest() != archive.sha256:
+            raise InputError(f"{source} does not match its SHA-256: delete it, rerun the command")
+        source.replace(path)
     return path
-
-def verify(archive, path):
-    if hashlib.sha256(path.read_bytes()).hexdigest() != archive.sha256:
-        raise InputError(f"{path} does not match its SHA-256: delete it if it is there, and run "
-                         "the command again")
 
 # ------------------------------------------------------------ splitting among clients
 def partition(labels, clients, alpha=0.0, seed=0):

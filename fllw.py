@@ -9,12 +9,6 @@ Some of those are *active*: they train. The others are *frozen*: they only run f
 depth dropout a client skips some of them. The blocks that are not present do not exist yet.
 Rounds and stages are counted from 1, blocks and clients from 0.
 """
-import signal
-
-if (__name__ in ("__main__", "__mp_main__")
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import argparse
 import contextlib
 import copy
@@ -25,11 +19,12 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,11 +39,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-if not hasattr(data, "two_views"):  # `data` is a common name: Python may find another one first
-    raise ImportError(f"fllw needs the data.py beside it, but `import data` found {data.__file__}: "
-                      "run from the folder of fllw.py, or put that folder first on sys.path")
-from data import InputError, friendly_errors, load_tensors
-from ssl_loss import ProjectionHead, contrastive_loss, evaluate, micro_batched_step
+from data import InputError, friendly_errors
+from ssl_loss import (COLUMNS, ProjectionHead, contrastive_loss, evaluate, micro_batched_step,
+                      table)
 
 # ----------------------------------------------------------------------------------- settings
 def knob(default, help, **more):
@@ -615,21 +608,20 @@ def planned_rows(config, plan=stages, history=()):
         rows.append({"round": number, "stage": stage.number, "clients": list(clients),
                      "kept_blocks": kept, "answers": answers, "changed": []})
 
-def cost(config, shape, images=0, train_client=local_train, plan=stages, history=()):
+def cost(config, shape, train_client=local_train, plan=stages, history=()):
     """What a client that takes part in every round pays for a whole run, without training: the
     sums of Ledger.add() over planned_rows(), and peak_memory_bytes of its largest step.
 
-    shape: (channels, height, width) of an image; images: how many the client has, 0: plenty."""
+    shape: (channels, height, width) of an image. A client has a batch of images at least."""
     ledger, total, steps = Ledger(config, shape, plan), {}, set()
     for row in planned_rows(config, plan, history):
         for name, value in ledger.add(row).items():
             total[name] = total.get(name, 0) + value
         steps |= {(ledger.stages[row["stage"]], tuple(kept)) for kept in row["kept_blocks"]}
-    peak = max(peak_memory(config, stage, shape, kept, images, train_client)
-               for stage, kept in steps)
+    peak = max(peak_memory(config, stage, shape, kept, train_client) for stage, kept in steps)
     return {"peak_memory_bytes": peak, **total}
 
-def peak_memory(config, stage, shape, kept=None, images=0, train_client=local_train):
+def peak_memory(config, stage, shape, kept=None, train_client=local_train):
     """Peak bytes of a client's local step; kept: its blocks, by default all that are present."""
     first = min(stage.active)
     kept = stage.present if kept is None else kept
@@ -638,21 +630,20 @@ def peak_memory(config, stage, shape, kept=None, images=0, train_client=local_tr
     # Settings that do not change the memory get one value, so that metered_step()'s cache is hit.
     canonical = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
     stage = replace(stage, number=1, rounds=1, present=kept)
-    return metered_step(canonical, stage, tuple(shape), images, train_client).peak
+    return metered_step(canonical, stage, tuple(shape), train_client).peak
 
 @functools.lru_cache(maxsize=None)
-def metered_step(config, stage, shape, images, train_client):
+def metered_step(config, stage, shape, train_client):
     """The MemoryMeter of two local steps of a client that holds the blocks stage.present; from the
     second step on the optimizer has its state.
 
     The tensors are fake: they have shapes and lifetimes but no data. So this takes no time, and
     gives the bytes of real steps on the CPU."""
-    batch = min(config.batch_size, images or config.batch_size)
-    config = replace(config, local_epochs=1, batch_size=batch)
+    config = replace(config, local_epochs=1)
     form = broadcast(initial(config, shape, "meta"), stage.present)
     with FakeTensorMode():
         message = {name: torch.zeros(t.shape) for name, t in form.items()}
-        blank = torch.zeros(2 * batch, *shape, dtype=torch.uint8)  # images for two steps
+        blank = torch.zeros(2 * config.batch_size, *shape, dtype=torch.uint8)  # images for two steps
         with MemoryMeter() as meter:
             train_client(config, stage, message, blank, 1, 0)
     return meter
@@ -732,7 +723,7 @@ def without_effect(config):
 def label(config):
     """A method's name in tables."""
     name = {"fll": "FLL", "progressive": "progressive", "lasting": "lasting top",
-            "e2e": "end-to-end" if config.clients > 1 else "centralized"}[config.method]
+            "e2e": "end-to-end"}[config.method]
     if config.blocks_per_stage > 1 and config.method != "e2e":
         name += f" by {config.blocks_per_stage} blocks"
     if config.depth_dropout and "depth_dropout" not in without_effect(config):
@@ -747,12 +738,17 @@ def start_worker(make_ask):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     work.ask = make_ask()
 
-def work(stage, round_number, progress, client, message):
-    """One client's round in a worker process. Tensors travel as numpy arrays, which are copied:
-    torch would open a file descriptor for each."""
-    message = {name: torch.from_numpy(array) for name, array in message.items()}
-    _, answer = next(work.ask(stage, round_number, progress, [(client, message)]))
-    return answer._replace(upload={name: t.numpy() for name, t in answer.upload.items()})
+def work(stage, round_number, progress, message):
+    """One client's round in a worker process; message: a pair (client, {name: numpy array}).
+
+    Tensors travel as numpy arrays: torch would open a file descriptor for each."""
+    client, arrays = message
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    _, answer = next(work.ask(stage, round_number, progress, [(client, tensors)]))
+    return client, answer._replace(upload=as_arrays(answer.upload))
+
+def as_arrays(tensors):
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 @contextlib.contextmanager
 def in_processes(config, images, parts, workers, train_client=local_train):
@@ -766,21 +762,12 @@ def in_processes(config, images, parts, workers, train_client=local_train):
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, start_worker, [make_ask])
 
-    def collect(client, future):
-        answer = future.result()
-        upload = {name: torch.from_numpy(array) for name, array in answer.upload.items()}
-        return client, answer._replace(upload=upload)
-
     def ask(stage, round_number, progress, messages):
-        waiting = deque()
-        for client, message in messages:
-            if len(waiting) > 2 * workers:  # a few at a time, so that messages take little memory
-                yield collect(*waiting.popleft())
-            arrays = {name: tensor.numpy() for name, tensor in message.items()}
-            task = pool.submit(work, stage, round_number, progress, client, arrays)
-            waiting.append((client, task))
-        while waiting:
-            yield collect(*waiting.popleft())
+        messages = [(client, as_arrays(tensors)) for client, tensors in messages]
+        task = functools.partial(work, stage, round_number, progress)
+        for client, answer in pool.map(task, messages):
+            upload = {name: torch.from_numpy(array) for name, array in answer.upload.items()}
+            yield client, answer._replace(upload=upload)
 
     try:
         yield ask
@@ -795,8 +782,9 @@ def in_processes(config, images, parts, workers, train_client=local_train):
 def reach_clients(config, dataset, train_client=local_train):
     """Yields the `ask` that --workers stands for: in_processes(), or in_turn() in this process."""
     parts = parts_of(config, dataset)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
+    workers = config.workers or 1
+    if not config.workers and pick_device(config).type == "cpu":
+        workers = torch.get_num_threads()  # as many as there are cores, or OMP_NUM_THREADS
     workers = min(workers, config.clients_per_round or config.clients)
     if workers == 1:
         yield in_turn(config, dataset.train_images, parts, train_client)
@@ -812,135 +800,86 @@ def write(path, content):
         torch.save(content, buffer)
     else:
         buffer.write(json.dumps(content, indent=1).encode())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
 
-def save_round(folder, row, state):
-    """Append the row to history.jsonl, then replace checkpoint.pt: it says how many rows count."""
-    with open(folder / "history.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    write(folder / "checkpoint.pt", {"rounds": len(state.history), "server": state.server})
+def read(path, advice="delete it and rerun the command"):
+    """What write() wrote; InputError if the file is damaged."""
+    with friendly_errors(f"{path} cannot be read", advice):
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(path.read_text())
 
 def load_state(folder, config, shape):
-    """The State to resume from, or None before the first round; InputError if it is damaged."""
-    path, rows = folder / "checkpoint.pt", folder / "history.jsonl"
+    """The State to resume from; None before the first round."""
+    path, advice = folder / "checkpoint.pt", "choose another --out"
     if not path.exists():
-        rows.unlink(missing_ok=True)
         return None
-    with friendly_errors(f"{path} and {rows.name} are no checkpoint of this run",
-                         "choose another --out"):
-        saved, fresh = load_tensors(path), initial(config, shape, "meta")
-        lines = rows.read_text().splitlines(keepends=True)[:saved["rounds"]]
-        state = State(saved["server"], [json.loads(line) for line in lines])
-        assemble(config, state.server, shape)
-        whole = len(state.history) == saved["rounds"] and all(r.keys() == ROW.keys()
-                                                              for r in state.history)
-        if not whole or any(t.dtype != fresh[name].dtype for name, t in state.server.items()):
-            raise ValueError("its parts do not fit each other")
-        os.truncate(rows, sum(len(line.encode()) for line in lines))  # a row without checkpoint
-        return state
+    saved = read(path, advice)
+    with friendly_errors(f"{path} is no checkpoint of this run", advice):
+        assemble(config, saved["server"], shape)
+        return State(**saved)
 
 def load_encoder(folder):
     """The trained encoder of a run folder, ready for `encoder(data.normalise(images))`."""
     folder = Path(folder).expanduser()
     if not (folder / "encoder.pt").exists():
-        advice = "rerun its command" if (folder / "checkpoint.pt").exists() else "train with --out"
-        if (folder / "summary.json").exists():  # experiments show it without looking any further
-            advice = "delete its summary.json and rerun its command"
-        raise InputError(f"{folder} holds no finished run: {advice}")
-    with friendly_errors(f"{folder}/config.json cannot be read", "train again with another --out"):
-        saved = json.loads((folder / "config.json").read_text())
+        raise InputError(f"{folder} holds no finished run: rerun its command, or train with --out")
+    saved, tensors = read(folder / "config.json"), read(folder / "encoder.pt")
+    maker = f"experiments.{saved['experiment']}" if saved["experiment"] else "fllw.py"
+    with friendly_errors(f"{folder}/encoder.pt, made by {maker}, is no plain ViT", "load it there"):
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
-        experiment, shape = saved["experiment"], saved["image_shape"]
-    reason = (f"the encoder in {folder} was made by experiments.{experiment.split()[0]} and is no "
-              "plain ViT" if experiment else f"{folder}/encoder.pt is damaged")
-    advice = "load it there" if experiment else "delete it and rerun the command"
-    with friendly_errors(reason, advice):
-        named = broadcast(initial(config, shape), ())  # for the head
-        tensors = load_tensors(folder / "encoder.pt")
-        named |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return encoder_of(config, named, shape)
+        server = broadcast(initial(config, saved["image_shape"]), ())  # for the head
+        server |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        return encoder_of(config, server, saved["image_shape"])
 
-def check_owner(folder, mine):
-    """Raise InputError unless the folder is empty or belongs to the same settings and images."""
-    used = [path for path in folder.iterdir() if path.suffix != ".tmp"]
-    if used and not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds other files and is no run folder: choose another --out")
-    with friendly_errors(f"{folder}/config.json is damaged", "choose another --out"):
-        saved = json.loads((folder / "config.json").read_text()) if used else mine
-        different = [name for name in mine if saved.get(name, "nothing") != mine[name]]
-    for name in different:
-        raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
-                         f"{mine[name]}: choose another --out")
+def identity(config, dataset, experiment):
+    """What a run folder belongs to: settings, experiment, and the content of the images."""
+    elsewhere = ("data", "images", "device", "workers", "out", "cache")  # they change no result
+    settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
+    return settings | {"augment": recipe_name(config), "experiment": experiment,
+                       "image_shape": list(dataset.shape), "images_sha256": dataset.digest()}
+
+def claim(folder, lock, mine):
+    """Lock a run folder and mark it as that of identity `mine`; InputError if it is another's."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go of it as well
+    except BlockingIOError:
+        raise InputError(f"another process works in {folder}: wait for it, or choose another "
+                         "--out") from None
+    owner = folder / "config.json"
+    if not owner.exists():
+        if [path for path in folder.iterdir() if path.suffix != ".tmp"]:
+            raise InputError(f"{folder} holds other files: choose another --out")
+        write(owner, mine)
+    saved = read(owner, "choose another --out")
+    for name in mine:
+        if saved.get(name, "nothing") != mine[name]:
+            raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
+                             f"{mine[name]}: choose another --out")
 
 @contextlib.contextmanager
 def run_folder(config, dataset, experiment=""):
     """Open a run's folder for this process alone: yields (folder, State to resume from).
 
-    A folder belongs to its settings, its images (their content, wherever the file lies) and its
-    experiment. Others are refused, and nothing is touched."""
-    elsewhere = ("data", "images", "device", "workers", "out", "cache")  # no part of the identity
-    mine = {name: value for name, value in asdict(config).items() if name not in elsewhere}
-    mine |= {"augment": recipe_name(config), "experiment": experiment,
-             "image_shape": list(dataset.shape), "images_sha256": dataset.digest()}
-    slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
-    folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
-    folder = folder.expanduser()
+    A folder of other settings, images or experiments is refused, and nothing is touched."""
     initial(config, dataset.shape, "meta")  # raises if the patches do not fit
     if len(dataset.train_labels):  # a server may have none; raises if there are too few
         parts_of(config, dataset)
+    slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
+    folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
+    folder = folder.expanduser()
 
     with contextlib.ExitStack() as stack:
         with friendly_errors(f"{folder} cannot be a run folder", "choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, lock)  # a killed process lets go of it as well
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process works in {folder}: wait for it, or choose "
-                                 "another --out") from None
-            check_owner(folder, mine)
-            for left_behind in folder.glob("*.tmp"):
-                left_behind.unlink()
-            write(folder / "config.json", mine)
+            stack.callback(os.close, lock)
+            claim(folder, lock, identity(config, dataset, experiment))
         yield folder, load_state(folder, config, dataset.shape)
 
-# -- tables
-COLUMNS = {  # of a table: (heading, unit, digits)
-    "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
-    "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
-    "finetuned": ("fine-tuned", 1, 1), "peak_memory_bytes": ("peak MiB", 2**20, 1),
-    "macs": ("GMAC/image", 1e9, 2), "download_bytes": ("down MB", 1e6, 1),
-    "upload_bytes": ("up MB", 1e6, 1), "stateless_download_bytes": ("stateless MB", 1e6, 1),
-    "seconds": ("seconds", 1, 0)}
-
-def cell(value, unit, digits):
-    """A number as text, or mean and standard deviation of several; small ones get more digits."""
-    if isinstance(value, str):
-        return value
-    numbers = np.atleast_1d(value) / unit
-    if np.mean(numbers) > 0:
-        digits = max(digits, 1 - math.floor(math.log10(np.mean(numbers))))
-    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) > 0 else ""
-    return f"{np.mean(numbers):.{digits}f}{spread}"
-
-def table(rows, columns=COLUMNS):
-    """Rows {name: {column: number, text, or numbers over seeds, for mean ± deviation}}."""
-    used = [c for c in columns if any(c in row for row in rows.values())]
-    lines = [["", *(columns[c][0] for c in used)]]
-    for name, row in rows.items():
-        lines.append([name, *(cell(row.get(c, "-"), *columns[c][1:]) for c in used)])
-    widths = [max(map(len, cells)) + 2 for cells in zip(*lines)]
-    return "\n".join(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:]))
-                     for name, *cells in lines)
-
+# -- the command itself
 def round_line(config, row, stage, costs, peak):
     """What train() prints after a round."""
     blocks = ["".join("A" if b in stage.active else "+" if b in kept else "."
@@ -957,7 +896,6 @@ def mean_loss(row):
     losses = [answer["loss"] for answer in row["answers"] if answer["valid"]]
     return sum(losses) / len(losses) if losses else math.nan
 
-# -- the command itself
 def train(config, dataset, folder, state=None, train_client=local_train, ask=None, plan=stages,
           on_round=None):
     """federate(), with a line and a checkpoint after each round, and the encoder at the end."""
@@ -972,10 +910,9 @@ def train(config, dataset, folder, state=None, train_client=local_train, ask=Non
     def after(row, state):
         if on_round:
             on_round(row, state)
-        save_round(folder, row, state)
+        write(folder / "checkpoint.pt", vars(state))
         stage = ledger.stages[row["stage"]]
-        most = max([answer["images"] for answer in row["answers"]], default=0)
-        peak = max(peak_memory(config, stage, dataset.shape, tuple(kept), most, train_client)
+        peak = max(peak_memory(config, stage, dataset.shape, tuple(kept), train_client)
                    for kept in row["kept_blocks"])
         print(round_line(config, row, stage, ledger.add(row), peak), flush=True)
 
@@ -985,19 +922,11 @@ def train(config, dataset, folder, state=None, train_client=local_train, ask=Non
     write(folder / "encoder.pt", encoder.state_dict())
     return encoder, history
 
-def price_of(config, dataset, train_client=local_train, plan=stages, history=()):
-    """cost() of a run on these images."""
-    most = max(map(len, parts_of(config, dataset)))
-    price = cost(config, dataset.shape, most, train_client, plan, history)
-    if config.clients == 1:  # no federation, nothing is sent
-        price = {k: v for k, v in price.items() if k in ("macs", "peak_memory_bytes")}
-    return price
-
 def result(config, dataset, encoder, history, train_client=local_train, plan=stages):
     """The row of a trained method: accuracies, a client's costs, and seconds of training."""
     accuracies = evaluate(encoder.to(pick_device(config)), dataset, recipe_name(config))
     seconds = sum(row["seconds"] for row in history)
-    costs = price_of(config, dataset, train_client, plan, history)
+    costs = cost(config, dataset.shape, train_client, plan, history)
     return accuracies | costs | {"seconds": seconds}
 
 def run(config):
@@ -1006,15 +935,13 @@ def run(config):
     with run_folder(config, dataset) as (out, state):
         summary = out / "summary.json"
         if summary.exists() and (out / "encoder.pt").exists():
-            with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
-                saved = table(json.loads(summary.read_text()))
-            print(f"{out} is finished:\n{saved}")
+            print(f"{out} is finished:\n{table(read(summary))}")
             return
         encoder, history = train(config, dataset, out, state)
         raw = evaluate(None, dataset, recipe_name(config), pick_device(config))
         rows = {"raw pixels": raw, label(config): result(config, dataset, encoder, history)}
         if config.method != "e2e":
-            price, whole = rows[label(config)], price_of(replace(config, method="e2e"), dataset)
+            price, whole = rows[label(config)], cost(replace(config, method="e2e"), dataset.shape)
             ratio = {c: f"{whole[c] / price[c]:.1f}x" for c in whole if price[c]}
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
@@ -1041,8 +968,6 @@ class Parser(argparse.ArgumentParser):
 
 def command(body):
     """Run a command: wrong input is one sentence and exit status 2, what fails is status 1."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is loaded
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know the sign for plus or minus
     try:
         body()

@@ -3,6 +3,9 @@
 NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by what its
 features, or those of augmented test images, tell a nearest-neighbour vote and a linear classifier.
 """
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -166,3 +169,31 @@ def evaluate(encoder, dataset, recipe, device="cpu"):
     return {"knn": knn(train, labels, test, answers), "linear_probe": probe,
             "moved_knn": knn(train, labels, moved, answers), "moved_probe": moved_probe,
             "ten_labels": few_labels(train, labels, test, answers)}
+
+COLUMNS = {  # of a table: (heading, unit, digits)
+    "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
+    "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
+    "finetuned": ("fine-tuned", 1, 1), "peak_memory_bytes": ("peak MiB", 2**20, 1),
+    "macs": ("GMAC/image", 1e9, 2), "download_bytes": ("down MB", 1e6, 1),
+    "upload_bytes": ("up MB", 1e6, 1), "stateless_download_bytes": ("stateless MB", 1e6, 1),
+    "seconds": ("seconds", 1, 0)}
+
+def cell(value, unit, digits):
+    """A number as text, or mean and standard deviation of several; small ones get more digits."""
+    if isinstance(value, str):
+        return value
+    numbers = np.atleast_1d(value) / unit
+    if np.mean(numbers) > 0:
+        digits = max(digits, 1 - math.floor(math.log10(np.mean(numbers))))
+    spread = f" ±{np.std(numbers, ddof=1):.{digits}f}" if np.ptp(numbers) > 0 else ""
+    return f"{np.mean(numbers):.{digits}f}{spread}"
+
+def table(rows, columns=COLUMNS):
+    """Rows {name: {column: number, text, or numbers over seeds, for mean ± deviation}}."""
+    used = [c for c in columns if any(c in row for row in rows.values())]
+    lines = [["", *(columns[c][0] for c in used)]]
+    for name, row in rows.items():
+        lines.append([name, *(cell(row.get(c, "-"), *columns[c][1:]) for c in used)])
+    widths = [max(map(len, cells)) + 2 for cells in zip(*lines)]
+    return "\n".join(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:]))
+                     for name, *cells in lines)

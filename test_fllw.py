@@ -5,7 +5,6 @@ what another library printed, or another route to the same number. The order is 
 Read "the whole method, once more" to see all of FLL on one page."""
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 from collections import defaultdict
 from dataclasses import fields, replace
 from functools import partial
@@ -357,7 +355,7 @@ def losing(ask, lost):
 BARE = {"fll": dict(alpha=0.5), "e2e": dict(alpha=0.5, rounds=3), "progressive": dict(rounds=5),
         "lasting": dict(alpha=0.5, depth=4),
         "sampled": dict(clients=6, clients_per_round=2, alpha=1.0, local_epochs=2, rounds=5),
-        "centralized": dict(method="e2e", clients=1, rounds=3, local_epochs=2)}
+        "one client": dict(method="e2e", clients=1, rounds=3, local_epochs=2)}
 
 @pytest.mark.parametrize("lost", [set(), {(1, 0), (4, 2), *((3, c) for c in range(6))}], ids=len)
 @pytest.mark.parametrize("case", BARE)
@@ -623,14 +621,13 @@ def test_memory_meter_counts_by_hand():
     del b, c, d
     assert meter.live_bytes == [0, 4000, 8000, 4000, 8000, 12000, 16000, 12000, 8000, 4000, 0]
 
-@pytest.mark.parametrize("n", [32, 9], ids=["whole batches", "a small client"])
-def test_memory_of_fake_and_real_steps_is_the_same(n):
+def test_memory_of_fake_and_real_steps_is_the_same():
     config = replace(SMALL, batch_size=16, local_epochs=2)
     for stage in fllw.stages(config)[::2]:
-        message, own = fllw.broadcast(fllw.initial(config, SHAPE), stage.present), images(n)
+        message, own = fllw.broadcast(fllw.initial(config, SHAPE), stage.present), images(32)
         with fllw.MemoryMeter() as meter:
             fllw.local_train(config, stage, message, own.train_images, 1, 0)
-        predicted = fllw.peak_memory(config, stage, SHAPE, images=n)
+        predicted = fllw.peak_memory(config, stage, SHAPE)
         # more images than in two steps: a longer order in which they come, and more losses
         assert abs(meter.peak - predicted) <= 8 * 32 + 8 * 4
 
@@ -768,7 +765,7 @@ def test_what_cannot_be_downloaded_is_one_sentence_and_leaves_nothing(there, sai
     site.write_bytes(there) if there else site.unlink()
     with pytest.raises(InputError, match=said):
         data.load("cifar100", tmp_path / "cache")
-    assert os.listdir(tmp_path / "cache") == []
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".tmp"}
 
 def save_npz(path, dataset, **more):
     """A file in MedMNIST's layout: images [N, H, W], labels [N, 1], and what else is wanted."""
@@ -828,7 +825,7 @@ WRONG = """
 --device meta: meta
 --device cuda:99: cuda:99
 --out FILE: cannot be a run folder
---out FOREIGN: no run folder
+--out FOREIGN: other files
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())
@@ -885,14 +882,6 @@ def test_a_table_shows_means_and_spreads_also_where_only_ascii_is_known(monkeypa
     assert [line.split() for line in lines[1:]] == [["a", "91.0", "?1.4", "2.00", "?1.41"],
                                                     ["b", "50.0", "-"]]
 
-def test_another_data_py_in_front_is_named(monkeypatch):
-    other = types.ModuleType("data")
-    other.__file__ = "/project/data.py"
-    monkeypatch.setitem(sys.modules, "data", other)
-    spec = importlib.util.spec_from_file_location("fllw_again", HERE / "fllw.py")
-    with pytest.raises(ImportError, match="found /project/data.py: run from the folder of fllw.py"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
 def mutated(content, dice):
     """The bytes with a few of them changed, lost or repeated."""
     bad = bytearray(content)
@@ -917,7 +906,7 @@ def unfinished(finished, tmp_path):
     """A copy of the finished run without what its end added."""
     folder = tmp_path / "unfinished"
     folder.mkdir()
-    for name in ("config.json", "checkpoint.pt", "history.jsonl"):
+    for name in ("config.json", "checkpoint.pt"):
         (folder / name).write_bytes((finished[0] / name).read_bytes())
     return folder
 
@@ -927,7 +916,7 @@ def fast(monkeypatch, unmetered):
     monkeypatch.setattr(fllw, "evaluate", lambda *_: {"knn": 50.0})
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["history"]
 
 def tensors_of(folder):
     return torch.load(folder / "encoder.pt", weights_only=True)
@@ -940,8 +929,8 @@ def opened(npz, folder):
 
 def test_the_command_leaves_a_run_folder(npz, finished, capsys):
     folder, printed = finished
-    assert set(os.listdir(folder)) == {"config.json", "history.jsonl", "checkpoint.pt",
-                                       "encoder.pt", "summary.json"}
+    assert set(os.listdir(folder)) == {"config.json", "checkpoint.pt", "encoder.pt",
+                                       "summary.json"}
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["round"] for row in rows_of(folder)] == [1, 2, 3, 4, 5, 6]
     assert len(re.findall(ROUND_LINE, printed, re.M)) == 6
@@ -979,17 +968,6 @@ def test_a_run_killed_while_it_trains_resumes_to_the_same_bits(npz, tmp_path, ca
     assert same_tensors(tensors_of(folder), tensors_of(tmp_path / "whole"))
     assert not list(folder.glob("*.tmp"))
 
-@pytest.mark.parametrize("left", ['{"round": 7, "sta', '{"round": 7}\n', '\n'],
-                         ids=["torn", "surplus", "empty"])
-def test_a_line_of_the_history_without_a_checkpoint_is_dropped(left, npz, unfinished):
-    """A kill can come while a row is written, or between the row and its checkpoint."""
-    rows = unfinished / "history.jsonl"
-    before = rows.read_text()
-    rows.write_text(before + left)
-    assert len(opened(npz, unfinished).history) == 6 and rows.read_text() == before
-    (unfinished / "checkpoint.pt").unlink()  # before the first checkpoint, nothing counts
-    assert opened(npz, unfinished) is None and not rows.exists()
-
 def test_a_folder_belongs_to_its_settings_and_the_content_of_its_images(npz, finished, tmp_path,
                                                                         capsys):
     folder, _ = finished
@@ -1024,17 +1002,12 @@ def test_a_diverged_run_ends_with_the_advice_to_take_a_smaller_lr(npz, tmp_path,
 def test_a_finished_run_gets_its_encoder_back(npz, finished, unfinished, capsys):
     """Its summary alone is no finished run: the same command writes the encoder anew."""
     (unfinished / "summary.json").write_bytes((finished[0] / "summary.json").read_bytes())
-    with pytest.raises(InputError, match="delete its summary.json and rerun"):
+    with pytest.raises(InputError, match="rerun its command"):
         fllw.load_encoder(unfinished)
     fllw.main(["--data", str(npz), *TINY, "--out", str(unfinished)])
     assert "is finished" not in capsys.readouterr().out
     ours, theirs = fllw.load_encoder(unfinished), fllw.load_encoder(finished[0])
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-
-def test_a_damaged_history_is_named(npz, unfinished):
-    (unfinished / "history.jsonl").write_text('{"round": 1, "st')
-    with pytest.raises(InputError, match="history.jsonl"):
-        opened(npz, unfinished)
 
 def test_damaged_files_are_one_sentence_or_do_no_harm(npz, finished, unfinished, tmp_path):
     """Every kind of file that is read, forty times with random damage."""
@@ -1046,7 +1019,7 @@ def test_damaged_files_are_one_sentence_or_do_no_harm(npz, finished, unfinished,
                "encoder.pt": lambda: fllw.load_encoder(unfinished),
                "summary.json": lambda: fllw.main(show),
                **{name: lambda: opened(npz, unfinished)
-                  for name in ("checkpoint.pt", "history.jsonl", "config.json")}}
+                  for name in ("checkpoint.pt", "config.json")}}
     dice = random.Random(0)
     for name, read in readers.items():
         path, refusals = unfinished / name, 0

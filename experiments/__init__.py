@@ -3,25 +3,13 @@
 What follows is what several experiments share beside compare.py.
 """
 import argparse
-import multiprocessing
-import signal
 import sys
-
-# Importing torch takes a second or more. Ctrl-C in that time should end the process quietly, not
-# with a traceback out of torch; fllw.command() handles Ctrl-C from then on. While Python looks for
-# the module of `python -m experiments.NAME`, sys.argv[0] is "-m"; who imports these files from
-# elsewhere, pytest for instance, keeps its own handler. Worker processes start in the same way.
-starting = sys.argv[0] == "-m" or multiprocessing.parent_process() is not None
-if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import json
 from pathlib import Path
 
 import torch
 
 import fllw
-from data import InputError, friendly_errors
+from data import InputError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,10 +19,7 @@ def once(config, dataset, experiment, work):
     with fllw.run_folder(config, dataset, experiment) as (folder, state):
         summary = folder / "summary.json"
         if summary.exists():
-            with friendly_errors(f"{summary} is damaged", "delete it and rerun the command"):
-                columns = json.loads(summary.read_text())
-                if not columns or {type(x) for x in columns.values()} - {int, float}:
-                    raise ValueError("it holds no numbers")
+            columns = fllw.read(summary)
         else:
             columns = work(folder, state)
             fllw.write(summary, columns)

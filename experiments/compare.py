@@ -47,8 +47,7 @@ def variants(config):
         "pairs": replace(fll, blocks_per_stage=2),
         "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
         "progressive": replace(fll, method="progressive"),
-        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16),
-        "centralized": replace(e2e, clients=1, clients_per_round=0)}
+        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16)}
     return {key: row for key, row in rows.items() if possible(row)}
 
 def possible(config):

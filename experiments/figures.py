@@ -98,7 +98,7 @@ def live_bytes(config, shape):
     client = functools.partial(fllw.local_train, criterion=criterion)
     try:
         last = fllw.stages(config)[-1]
-        live = fllw.metered_step(config, last, tuple(shape), 0, client).live_bytes
+        live = fllw.metered_step(config, last, tuple(shape), client).live_bytes
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import fllw
+import ssl_loss
 
 HERE = Path(__file__).parent
 OWN = {"rounds": ("rounds", 1, 1), "top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1)}
@@ -16,8 +16,8 @@ def cells_of_the_results():
     for path in (HERE / "results").glob("*.json"):
         for row in json.loads(path.read_text())["rows"].values():
             for column, value in row.items():
-                form = (fllw.COLUMNS | OWN).get(column, (column, 1, 1))
-                cells.add(fllw.cell(value, *form[1:]).replace(" ", ""))
+                form = (ssl_loss.COLUMNS | OWN).get(column, (column, 1, 1))
+                cells.add(ssl_loss.cell(value, *form[1:]).replace(" ", ""))
     return cells
 
 def cells_with_a_spread(text):
