@@ -4,6 +4,7 @@ What follows is what several experiments share beside compare.py.
 """
 import argparse
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,21 @@ def parse(parser, arguments, fixed=(), seeds="+"):
     if len(set(given.get("seeds", ()))) < len(given.get("seeds", ())):
         raise InputError("--seeds names a seed twice: their spread would be wrong")
     return given
+
+def settings(parser, arguments, defaults, fixed=()):
+    """Parse as parse() does, and validate with every seed: (the settings, a dict of the flags that
+    are no settings). defaults: a Config with what the experiment has by default."""
+    given = parse(parser, arguments, fixed)
+    flags = {name: given.pop(name) for name in given.keys() - asdict(defaults).keys()}
+    config = replace(defaults, **given)
+    for seed in flags["seeds"]:
+        fllw.validate(replace(config, seed=seed))
+    return config, flags
+
+def add(rows, name, columns):
+    """Add one seed's columns {name: number} to a row of a table {name: {column: numbers}}."""
+    for column, number in columns.items():
+        rows.setdefault(name, {}).setdefault(column, []).append(number)
 
 def save(name, command, rows):
     """Keep the numbers behind a table: experiments/results/NAME.json."""
