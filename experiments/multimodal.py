@@ -4,10 +4,9 @@
 
 After Tun et al. 2024, "Resource-Efficient Federated Multimodal Learning via Layer-wise and
 Progressive Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021, 2103.00020). What
-differs: the sensors are the halves of a grey image, or luma and chroma of a colour image (Tian et
-al. 2020, 1906.05849). Of four clients the third lacks the second sensor and the fourth the first:
-they have no pairs, train what they have with NT-Xent, and upload that. Costs are those of a client
-with both. Rerun the command to resume.
+differs: the sensors are the upper and the lower half of an image. Of four clients the third lacks
+the second sensor and the fourth the first: they have no pairs, train what they have with NT-Xent,
+and upload that. Costs are those of a client with both. Rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.multimodal")
@@ -21,7 +20,7 @@ from torch import nn
 import data
 import fllw
 from data import InputError
-from experiments import once, parse, show
+from experiments import add, once, settings, show
 from ssl_loss import ProjectionHead, features
 
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
@@ -34,22 +33,13 @@ class Settings(fllw.Config):
         return Learner(self, image_shape)
 
     def macs(self, stage, kept, image_shape):  # of two encoders with one view each
-        return super().macs(stage, kept, (image_shape[0] / 2, *image_shape[1:]))
+        return super().macs(stage, kept, (image_shape[0] // 2, *image_shape[1:]))
 
 def split(images):
-    """What the sensors see: uint8 [N, C, H, W] -> the same, channel 0 is the first sensor's.
-
-    C = 1: the upper and the lower half of the image. C = 3: luma and both chromas. Else (RGBA, the
-    slices of a volume): the first channel and the others."""
-    if images.shape[1] == 1:
-        half = images.shape[2] // 2
-        return torch.cat([images[:, :, :half], images[:, :, images.shape[2] - half:]], 1)
-    if images.shape[1] != 3:
-        return images
-    jpeg = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
-    mixed = torch.einsum("dc,nchw->ndhw", jpeg, images.float())
-    mixed[:, 1:] += 128
-    return mixed.round().clamp(0, 255).byte()
+    """What the sensors see, the upper half's channels before the lower half's:
+    uint8 [N, C, H, W] -> [N, 2C, H // 2, W]."""
+    half = images.shape[2] // 2
+    return torch.cat([images[:, :, :half], images[:, :, images.shape[2] - half:]], 1)
 
 class Pair(nn.ModuleDict):  # a block of each sensor: {sensor: tokens [B, T, D]} -> the same
     def forward(self, tokens):
@@ -58,18 +48,18 @@ class Pair(nn.ModuleDict):  # a block of each sensor: {sensor: tokens [B, T, D]}
 class Encoder(nn.Module):  # a ViT for each sensor; features lie side by side, [B, sensors * dim]
     def __init__(self, config, shape):
         super().__init__()
-        self.channels, self.vits = {"first": 1, "second": shape[0] - 1}, nn.ModuleDict()
+        self.vits = nn.ModuleDict()
         for sensor in config.sensors.split():
-            self.vits[sensor] = fllw.ViT(shape[1:], config.patch_size, self.channels[sensor],
-                                         config.dim, config.depth, config.heads)
+            self.vits[sensor] = fllw.ViT(shape[1:], config.patch_size, shape[0] // 2, config.dim,
+                                         config.depth, config.heads)
         towers = [vit.blocks for vit in self.vits.values()]
         self.blocks = nn.ModuleList(Pair(zip(self.vits, blocks)) for blocks in zip(*towers))
         for vit in self.vits.values():
             vit.blocks = nn.ModuleList()  # embedding, final norm and pooling stay with it
 
     def lower(self, images, stop):
-        parts = dict(zip(self.channels, images.split(list(self.channels.values()), 1)))
-        tokens = {sensor: vit.lower(parts[sensor], 0) for sensor, vit in self.vits.items()}
+        halves = dict(zip(("first", "second"), images.chunk(2, 1)))
+        tokens = {sensor: vit.lower(halves[sensor], 0) for sensor, vit in self.vits.items()}
         return nn.Sequential(*self.blocks[:stop])(tokens)
 
     def upper(self, tokens, start):
@@ -99,9 +89,9 @@ def clip(config, z, chunks=None):
     return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
 def view_of_each(images, recipe, draws):
-    """Two views of an image, one for each sensor: uint8 [B, C, H, W] -> float32 [B, C, H, W]."""
+    """Two views of an image, one for each sensor: uint8 [B, 2C, H, W] -> float32 [B, 2C, H, W]."""
     one, other = data.two_views(images, recipe, draws).chunk(2)
-    return torch.cat([one[:, :1], other[:, 1:]], 1)
+    return torch.cat([one.chunk(2, 1)[0], other.chunk(2, 1)[1]], 1)
 
 def two_sensor_train(config, stage, message, images, round_number, client, progress=0.0):
     """A client's work: fllw.local_train() of the sensors that it has, of which it sends all."""
@@ -132,29 +122,22 @@ def run(config, dataset):
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.multimodal")
-    given = parse(parser, arguments, {"method", "new_block", "seed"})
-    seeds, name, out = given.pop("seeds"), given.pop("save"), given.pop("out", "runs/multimodal")
-    config = Settings(**{"images": 1000, "rounds": 16, "depth_dropout": 0.0, "clients": 4,
-                         "augment": "digits", **given})
-    for seed in seeds:
-        fllw.validate(replace(config, seed=seed))
+    defaults = Settings(images=1000, rounds=16, depth_dropout=0.0, clients=4, augment="digits",
+                        out="runs/multimodal")
+    config, flags = settings(parser, arguments, defaults, {"method", "new_block", "seed"})
     if data.RECIPES[fllw.recipe_name(config)].jitter:
         raise InputError("--augment must be digits: the other views mix the sensors' channels")
     whole, rows = data.load(config.data, config.cache, config.images), {}
     dataset = whole._replace(train_images=split(whole.train_images),
                              test_images=split(whole.test_images))
-    height, width = dataset.shape[1:]
-    if height < 1 or height % config.patch_size or width % config.patch_size:
-        raise InputError(f"--patch-size {config.patch_size} must divide what a sensor sees, "
-                         f"{height} x {width} pixels")
     for row, method, depth in (("end-to-end", "e2e", config.depth), ("one-block", "e2e", 1),
                                ("FLL", "fll", config.depth)):
-        one = replace(config, method=method, depth=depth)
-        done = [run(replace(one, seed=seed, out=f"{out}/{row}-seed{seed}"), dataset)
-                for seed in seeds]
-        rows[row] = {column: [columns[column] for columns in done] for column in done[0]}
+        for seed in flags["seeds"]:
+            folder = f"{config.out}/{row}-seed{seed}"
+            one = replace(config, method=method, depth=depth, seed=seed, out=folder)
+            add(rows, row, run(one, dataset))
     columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **fllw.COLUMNS}
-    show(rows, name, "multimodal", columns)
+    show(rows, flags["save"], "multimodal", columns)
 
 if __name__ == "__main__":
     fllw.command(main)
