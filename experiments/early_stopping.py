@@ -1,6 +1,6 @@
 """Can a stage end when it has nothing more to learn, and find its own learning rate?
 
-    python -m experiments.early_stopping --encoders cnn vit
+    python -m experiments.early_stopping
 
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
 Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules follow a separation
@@ -12,17 +12,16 @@ a few such rounds in a row it is over. Rerun the command to resume.
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.early_stopping")
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
 import fllw
-from data import InputError
-from experiments import once, parse, show
+from experiments import add, once, settings, show
 from ssl_loss import nt_xent
 
 HELD_OUT = 200  # what its draws are for
@@ -63,7 +62,7 @@ class CNN(nn.Module):  # blocks of conv 3x3, norm, ReLU halve the image and doub
         super().__init__()
         self.dim, before, self.blocks = config.dim, shape[0], nn.ModuleList()
         for b in reversed(range(config.depth)):
-            after = max(4, config.dim >> b)
+            after = min(max(4, config.dim >> b), config.dim)
             self.blocks.append(nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1),
                                              nn.GroupNorm(1, after), nn.ReLU()))
             before = after
@@ -115,8 +114,7 @@ def early_train(config, stage, message, images, round_number, client, progress=0
         learner = fllw.assemble(config, message, images.shape[1:]).requires_grad_(False)
         same = fllw.generator(config, images.device, HELD_OUT, client)  # views in every round
         views = data.two_views(images[:held], data.RECIPES[fllw.recipe_name(config)], same)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
-            z = learner.head(learner.encoder(views))
+        z = learner.head(learner.encoder(views))
         losses = nt_xent(*z.chunk(2), config.temperature)
     return upload, losses
 
@@ -133,30 +131,19 @@ def run(config, dataset):
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.early_stopping")
-    parser.add_argument_group("early stopping").add_argument(
-        "--encoders", nargs="+", choices=("vit", "cnn"), default=["cnn", "vit"])
-    given = parse(parser, arguments, {"method", "new_block", "depth_dropout", "micro_batch",
-                                      "seed"})
-    seeds, encoders, name = (given.pop(flag) for flag in ("seeds", "encoders", "save"))
-    out = given.pop("out", "runs/early")
-    config, rows = Settings(**{"images": 1000, "rounds": 60, "depth_dropout": 0.0, **given}), {}
-    for seed in seeds:
-        fllw.validate(replace(config, seed=seed))
-    if config.dim < 4 and "cnn" in encoders:
-        raise InputError(f"--dim must be 4 or more for the CNN, it is {config.dim}")
-    dataset = data.load(config.data, config.cache, config.images)
-    for encoder in encoders:
-        for case, change in CASES.items():
-            new_block = "copy" if encoder == "vit" else "fresh"  # blocks of a CNN differ in shape
-            one, done = replace(config, encoder=encoder, new_block=new_block, **change), []
-            for i, seed in enumerate(seeds):
-                if case == "as many evenly":
-                    one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])
-                folder = f"{out}/{encoder}-{case.replace(' ', '-')}-{seed}"
-                done.append(run(replace(one, seed=seed, out=folder), dataset))
-            rows[f"{encoder} {case}"] = {key: [row[key] for row in done] for key in done[0]}
-    columns = {"rounds": ("rounds", 1, 1), **fllw.COLUMNS}
-    show(rows, name, "early_stopping", columns)
+    defaults = Settings(images=1000, rounds=60, depth_dropout=0.0, out="runs/early")
+    fixed = {"method", "new_block", "depth_dropout", "micro_batch", "seed"}
+    config, flags = settings(parser, arguments, defaults, fixed)
+    dataset, rows = data.load(config.data, config.cache, config.images), {}
+    for encoder, (case, change) in itertools.product(("cnn", "vit"), CASES.items()):
+        new_block = "copy" if encoder == "vit" else "fresh"  # blocks of a CNN differ in shape
+        one = replace(config, encoder=encoder, new_block=new_block, **change)
+        for i, seed in enumerate(flags["seeds"]):
+            if case == "as many evenly":
+                one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])
+            folder = f"{config.out}/{encoder}-{case.replace(' ', '-')}-{seed}"
+            add(rows, f"{encoder} {case}", run(replace(one, seed=seed, out=folder), dataset))
+    show(rows, flags["save"], "early_stopping", {"rounds": ("rounds", 1, 1), **fllw.COLUMNS})
 
 if __name__ == "__main__":
     fllw.command(main)
