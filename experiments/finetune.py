@@ -13,7 +13,6 @@ if not __package__:  # as a script, it would not find fllw.py
 import copy
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from torch import nn
 import data
 import fllw
 from data import InputError
-from experiments import compare, save
+from experiments import add, compare, show
 from ssl_loss import first_of_each_class
 
 TUNING = 100  # what its draws are for
+DRAWS = 5     # of few labels, per seed
 MILD = {  # views that keep their class, for fine-tuning
     "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
     "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
@@ -36,6 +36,7 @@ GROWN = {  # one block at FLL's compute, deepened just before fine-tuning: row -
     "one-block-fresh": ("fresh", "fresh blocks"), "one-block-identity": ("zero", "identities"),
     "one-block-copies": ("copy", "copies")}
 BASE = "one-block-compute"
+HOME = dict.fromkeys(GROWN, BASE)  # rows that start from the encoder of another one
 
 def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
              weight_decay=1e-5, labels_per_class=0, amp=False):
@@ -88,10 +89,10 @@ def encoder_of(key, row, dataset, depth):
     encoder = fllw.load_encoder(row.out)
     return deepen(row, encoder, depth, GROWN[key][0], dataset.shape) if key in GROWN else encoder
 
-def tune(key, row, dataset, out, depth, epochs, counts, draws):
+def tune(key, row, dataset, out, depth, epochs, counts):
     """Columns of a row: test accuracies after fine-tuning on each of `counts` labels a class, 0: on
     all; with few labels the mean of several draws. Kept in OUT/KEY-seedN-finetuned.json."""
-    home = BASE if key in GROWN else key
+    home = HOME.get(key, key)
     row = replace(row, out=str(out / f"{home}-seed{row.seed}"))
     if key not in SCRATCH:
         compare.measure(home, row, dataset, out)
@@ -102,17 +103,17 @@ def tune(key, row, dataset, out, depth, epochs, counts, draws):
     mild = MILD["digits" if fllw.recipe_name(row) == "digits" else "natural"]
     columns = {}
     for count in counts:
-        name, accuracies = f"{count or 'all'} labels a class, {epochs} epochs", []
-        for draw in range(draws if count else 1):
-            if f"{name}, draw {draw}" not in saved:
+        accuracies = []
+        for draw in range(DRAWS if count else 1):
+            name = f"{count or 'all'} labels a class, {epochs} epochs, draw {draw}"
+            if name not in saved:
                 encoder = encoder_of(key, row, dataset, depth).to(device)
                 draws_of = fllw.generator(row, device, TUNING, draw)
                 with fllw.one_thread():
-                    saved[f"{name}, draw {draw}"] = finetune(
-                        encoder, dataset, mild, draws_of, epochs, labels_per_class=count,
-                        amp=row.amp)
+                    saved[name] = finetune(encoder, dataset, mild, draws_of, epochs,
+                                           labels_per_class=count, amp=row.amp)
                 fllw.write(path, saved)
-            accuracies.append(saved[f"{name}, draw {draw}"])
+            accuracies.append(saved[name])
         columns[f"finetuned_{count}"] = sum(accuracies) / len(accuracies)
     return columns
 
@@ -120,38 +121,29 @@ def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.finetune")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--labels", nargs="+", type=int, default=[0], help="a class; 0: all")
-    parser.add_argument("--draws", type=int, default=5, help="of few labels, per seed")
     keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
     config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
-    epochs, counts, draws = (flags["more"][key] for key in ("epochs", "labels", "draws"))
-    if len(set(counts)) < len(counts):
-        raise InputError(f"--labels names {counts}, one of them twice: leave it out")
-    for name, least, values in (("epochs", 1, [epochs]), ("draws", 1, [draws]),
-                                ("labels", 0, counts)):
-        if min(values) < least:
-            raise InputError(f"--{name} must be at least {least}, it is {min(values)}")
+    epochs, counts = flags["more"]["epochs"], flags["more"]["labels"]
+    if epochs < 1 or min(counts) < 0:
+        raise InputError("--epochs must be 1 or more, and --labels 0 or more")
     dataset = data.load(config.data, config.cache, config.images)
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
-    trained = [BASE if key in GROWN else key for key in flags["rows"] if key not in SCRATCH]
+    trained = [HOME.get(key, key) for key in flags["rows"] if key not in SCRATCH]
     plan = compare.settings_of({**flags, "rows": trained}, config, dataset, out)
     plan |= {"scratch": config, "scratch-one": replace(config, depth=1)}
 
-    results = {}
+    rows = {}
     for seed in flags["seeds"]:
         for key in flags["rows"]:
-            row = replace(plan[BASE if key in GROWN else key], seed=seed)
-            columns = tune(key, row, dataset, out, config.depth, epochs, counts, draws)
-            name = SCRATCH.get(key) or compare.name_of(BASE if key in GROWN else key, row, config)
+            row = replace(plan[HOME.get(key, key)], seed=seed)
+            name = SCRATCH.get(key) or compare.name_of(HOME.get(key, key), row, config)
             if key in GROWN:
                 name += f", {config.depth - 1} {GROWN[key][1]} on top"
-            for column, value in columns.items():
-                results.setdefault(name, {}).setdefault(column, []).append(value)
-    if flags["save"]:
-        save(flags["save"], "python -m experiments.finetune " + " ".join(sys.argv[1:]),
-                     results)
+            add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts))
     columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
-    print(f"\n{len(dataset.test_images):,} test images, seeds {flags['seeds']}; fine-tuned on so "
-          f"many labels a class\n{fllw.table(results, columns)}")
+    show(rows, flags["save"], "finetune", columns)
+    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}; fine-tuned on so "
+          "many labels a class")
 
 if __name__ == "__main__":
     fllw.command(main)
