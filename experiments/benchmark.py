@@ -20,7 +20,6 @@ import torch
 
 import data
 import fllw
-from fllw import Config
 from ssl_loss import nt_xent
 
 SHAPE, TURNS, STEPS = (3, 32, 32), 3, 3
@@ -91,14 +90,12 @@ def memory_table(config, cases):
                "micro": ("micro-batch 16", 1, 0), "micro_ratio": ("less", 1, 0)}
     return fllw.table(rows, columns)
 
-def workers_table(config, rounds=12):
+def workers_table(config):
     """Seconds that the default command's training takes, the start of its workers included.
 
     "2 threads" is one process whose steps use two of torch's threads."""
-    dataset = data.load("mnist5k")
-    config = replace(config, data="mnist5k", patch_size=7, rounds=rounds)
-    parts = data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-    rows = {}
+    config = replace(config, data="mnist5k", patch_size=7, rounds=12)
+    dataset, rows = data.load("mnist5k"), {}
     for name, workers in (("one process, 2 threads", 0), ("1 worker", 1), ("2 workers", 2)):
         began = time.perf_counter()
         if workers:
@@ -107,12 +104,11 @@ def workers_table(config, rounds=12):
         else:
             torch.set_num_threads(2)
             with unittest.mock.patch.object(fllw, "one_thread", contextlib.nullcontext):
-                ask = fllw.in_turn(config, dataset.train_images, parts)
-                fllw.federate(config, dataset, ask=ask)
+                fllw.federate(config, dataset)
         rows[name] = {"seconds": time.perf_counter() - began}
     for row in rows.values():
         row["faster"] = f"{rows['one process, 2 threads']['seconds'] / row['seconds']:.2f}x"
-    columns = {"seconds": (f"seconds, {rounds} rounds", 1, 1), "faster": ("faster", 1, 2)}
+    columns = {"seconds": ("seconds, 12 rounds", 1, 1), "faster": ("faster", 1, 2)}
     return fllw.table(rows, columns)
 
 def main():
@@ -120,7 +116,7 @@ def main():
     parser.add_argument("--workers-only", action="store_true", help="time worker processes alone")
     given = vars(parser.parse_args())
     workers_only = given.pop("workers_only", False)
-    config = Config(**{"patch_size": 4, **given})  # of 32 x 32 pixels
+    config = fllw.Config(**{"patch_size": 4, **given})  # of 32 x 32 pixels
     fllw.validate(config)
     if workers_only:
         print(workers_table(config))
@@ -135,11 +131,9 @@ def main():
     rows = {}
     for (name, one, stage, kept), (step, bare), mac in zip(cases, seconds, work):
         rows[f"{name}, stage {stage.number}"] = {
-            "step": step, "images": one.batch_size / step, "bare": step / bare,
-            "tflops": 2e-12 * mac * one.batch_size / step, "share": step / seconds[0, 0],
-            "predicted": mac / work[0]}
-    columns = {"step": ("s/step", 1, 4), "images": ("images/s", 1, 0),
-               "tflops": ("TFLOP/s", 1, 2), "bare": ("step/bare", 1, 2),
+            "step": step, "tflops": 2e-12 * mac * one.batch_size / step, "bare": step / bare,
+            "share": step / seconds[0, 0], "predicted": mac / work[0]}
+    columns = {"step": ("s/step", 1, 4), "tflops": ("TFLOP/s", 1, 2), "bare": ("step/bare", 1, 2),
                "share": ("of end-to-end", 1, 2), "predicted": ("predicted", 1, 2)}
     where = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
