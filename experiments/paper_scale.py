@@ -6,8 +6,8 @@
 Patches of 4 pixels, 10 clients, three local epochs, batches of 512, bf16; learning rate, weight
 decay and solarisation as in Tun et al. 2024 (arXiv 2401.11647), who pre-train on COCO shrunk to
 32 x 32, which is not the same experiment. The step of every row is timed first, and as many rounds
-are run, at most 180, as the time allows. A row is a command of experiments.compare or .finetune.
-Some run side by side, since one alone does not fill the GPU. Rerun the command to resume.
+are run, at most 180, as the time allows. A row is a command of experiments.compare or .finetune;
+some run side by side. Rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.paper_scale")
@@ -20,8 +20,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 import data
 import fllw
 from data import InputError, friendly_errors
@@ -31,8 +29,8 @@ from fllw import Config
 ROWS = ("raw", "random", "scratch", "one-block", "two-blocks", "fll", "fdd-half", "lasting-fdd",
         "progressive", "e2e")
 VARIES = ("method", "depth_dropout", "blocks_per_stage")  # from row to row
-TUNE = 40  # epochs of fine-tuning, on all labels
-COLUMNS = fllw.COLUMNS | {"tflops": ("TFLOP/s", 1, 2), "fit": ("clients fit", 1, 0)}
+TUNE = 40     # epochs of fine-tuning, on all labels
+AT_ONCE = 4   # rows that run side by side: one alone does not fill the GPU
 PAPER = Config(data="cifar10", augment="solarised", dim=192, depth=12, heads=3, patch_size=4,
                head_hidden=512, head_dim=256, clients=10, rounds=180, local_epochs=3,
                batch_size=512, lr=3e-4, weight_decay=1e-5, amp=True, depth_dropout=0.0)
@@ -61,12 +59,8 @@ def choose_rounds(config, dataset, minutes, path):
     if path.exists():
         with friendly_errors(f"{path} is damaged", "delete it and rerun the command"):
             return int(json.loads(path.read_text()))
-    rows, total = compare.variants(config), 0.0
-    images = len(dataset.train_images) * config.local_epochs
-    for key in [key for key in ROWS if key in rows]:
-        seconds = seconds_a_round(rows[key], dataset)
-        print(f"{key:<14} {images / seconds:>8.0f} images/s", flush=True)
-        total += seconds
+    rows = compare.variants(config)
+    total = sum(seconds_a_round(rows[key], dataset) for key in ROWS if key in rows)
     tuning = TUNE / config.local_epochs * seconds_a_round(rows["e2e"], dataset) / 2  # one view
     left = 60 * minutes - tuning * (len(ROWS) - 2)
     rounds = int(min(config.rounds, max(config.depth, left / total))) // config.depth * config.depth
@@ -88,12 +82,12 @@ def command_of(key, config, epochs):
             line += [f"--{flag}", str(value)]
     return line
 
-def side_by_side(commands, at_once):
-    """Run commands {log file: command}, some at a time; yields the logs of those that failed."""
+def side_by_side(commands):
+    """Run commands {log file: command}, AT_ONCE of them; yields the logs of those that failed."""
     waiting, running = list(commands.items()), {}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < AT_ONCE:
                 log, line = waiting.pop(0)
                 running[log] = subprocess.Popen(line, stdout=log.open("a"),
                                                 stderr=subprocess.STDOUT)
@@ -105,37 +99,16 @@ def side_by_side(commands, at_once):
         for process in running.values():
             process.terminate()
 
-def allocated(config, dataset):
-    """The most bytes that a GPU's allocator holds for a client, over the stages."""
-    device, peaks = fllw.pick_device(config), []
-    images = dataset.train_images[:2 * config.batch_size].to(device)
-    server = {name: t.to(device) for name, t in fllw.initial(config, dataset.shape).items()}
-    plan = fllw.stages(config)
-    for stage in [plan[0], *plan]:  # the first one twice: what is set up once is no client's
-        message = fllw.broadcast(server, stage.present)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        fllw.local_train(replace(config, local_epochs=1), stage, message, images, 1, 0)
-        peaks.append(torch.cuda.max_memory_allocated(device) - before)
-    return max(peaks[1:])
-
-def report(config, dataset, out, epochs):
-    """name -> columns of all rows, with what the step reached and how many clients fit."""
+def report(config, out, epochs):
+    """The table, from what the commands have left in `out`: name -> columns."""
     variants, rows = compare.variants(config), {}
     for key in ROWS:
-        with friendly_errors(f"the results of {key} in {out} are damaged", "delete them and rerun"):
-            summary = out / f"{key}-seed{config.seed}" / "summary.json"
-            row = json.loads(summary.read_text()) if key != "scratch" else {}
-            if key not in ("raw", "random"):
-                tuned = json.loads((out / f"{key}-seed{config.seed}-finetuned.json").read_text())
-                row["finetuned"] = tuned[f"all labels a class, {epochs} epochs, draw 0"]
-        if key in variants:
-            row["tflops"] = 2e-12 * row["macs"] * config.images / row["seconds"]
-            device = fllw.pick_device(config)
-            if device.type == "cuda":
-                row["peak_memory_bytes"] = allocated(variants[key], dataset)
-                memory = torch.cuda.get_device_properties(device).total_memory
-                row["fit"] = memory // row["peak_memory_bytes"]
+        run, row = f"{key}-seed{config.seed}", {}
+        if key != "scratch":
+            row = json.loads((out / run / "summary.json").read_text())
+        if key not in ("raw", "random"):
+            tuned = json.loads((out / f"{run}-finetuned.json").read_text())
+            row["finetuned"] = tuned[f"all labels a class, {epochs} epochs, draw 0"]
         name = compare.name_of(key, variants[key], config) if key in variants else key
         rows[{"scratch": "from scratch", **compare.BASELINES}.get(key, name)] = row
     return rows
@@ -144,20 +117,14 @@ def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.paper_scale")
     add = parser.add_argument_group("paper scale").add_argument
     add("--minutes", type=float, default=25.0, help="time to choose the rounds for (default: 25)")
-    add("--at-once", type=int, default=4, help="rows that run side by side (default: 4)")
     add("--rehearse", action="store_true", default=False, help="toy size")
     given = parse(parser, arguments, set(VARIES), seeds="")
-    minutes, at_once, name, rehearse = (
-        given.pop(flag) for flag in ("minutes", "at_once", "save", "rehearse"))
+    minutes, name, rehearse = (given.pop(flag) for flag in ("minutes", "save", "rehearse"))
     if not 0 < minutes < math.inf:
         raise InputError(f"--minutes must be above 0, it is {minutes:g}")
-    if at_once < 1:
-        raise InputError(f"--at-once must be 1 or more, it is {at_once}")
     base, epochs = (TOY, 2) if rehearse else (PAPER, TUNE)
     config = replace(base, **given)
     fllw.validate(config)
-    for key in set(ROWS) - {"raw", "random", "scratch"} - compare.variants(config).keys():
-        raise InputError(f"the row {key} cannot be trained with --depth {config.depth}")
     out = Path(config.out or f"runs/paper-scale-{Path(config.data).stem}").expanduser()
     dataset = data.load(config.data, config.cache, config.images)
     with friendly_errors(f"{out} cannot be a run folder", "choose another --out"):
@@ -169,13 +136,12 @@ def main(arguments=None):
 
     commands = {out / f"{key}.log": command_of(key, config, epochs) for key in ROWS}
     began = time.perf_counter()
-    for log in side_by_side(commands, at_once):
+    for log in side_by_side(commands):
         reason = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise InputError(f"the row {log.stem} failed, {log} ends: {''.join(reason)}")
-    rows = report(config, dataset, out, epochs)
-    where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    print(f"{config.rounds} rounds on {where}, {time.perf_counter() - began:.0f} s of this call")
-    show(rows, name, "paper_scale", COLUMNS)
+    rows = report(config, out, epochs)
+    print(f"{config.rounds} rounds; {time.perf_counter() - began:.0f} s of this call")
+    show(rows, name, "paper_scale")
 
 if __name__ == "__main__":
     fllw.command(main)
