@@ -20,6 +20,7 @@ import torch
 
 import data
 import fllw
+from experiments import parse, show
 from ssl_loss import nt_xent
 
 SHAPE, TURNS, STEPS = (3, 32, 32), 3, 3
@@ -90,8 +91,8 @@ def memory_table(config, cases):
                "micro": ("micro-batch 16", 1, 0), "micro_ratio": ("less", 1, 0)}
     return fllw.table(rows, columns)
 
-def workers_table(config):
-    """Seconds that the default command's training takes, the start of its workers included.
+def time_workers(config):
+    """Rows: seconds that the default command's training takes, the start of its workers included.
 
     "2 threads" is one process whose steps use two of torch's threads."""
     config = replace(config, data="mnist5k", patch_size=7, rounds=12)
@@ -107,19 +108,19 @@ def workers_table(config):
                 fllw.federate(config, dataset)
         rows[name] = {"seconds": time.perf_counter() - began}
     for row in rows.values():
-        row["faster"] = f"{rows['one process, 2 threads']['seconds'] / row['seconds']:.2f}x"
-    columns = {"seconds": ("seconds, 12 rounds", 1, 1), "faster": ("faster", 1, 2)}
-    return fllw.table(rows, columns)
+        row["faster"] = rows["one process, 2 threads"]["seconds"] / row["seconds"]
+    return rows
 
 def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.benchmark")
     parser.add_argument("--workers-only", action="store_true", help="time worker processes alone")
-    given = vars(parser.parse_args())
-    workers_only = given.pop("workers_only", False)
+    given = parse(parser, None, seeds="")
+    workers_only, name = given.pop("workers_only", False), given.pop("save")
     config = fllw.Config(**{"patch_size": 4, **given})  # of 32 x 32 pixels
     fllw.validate(config)
     if workers_only:
-        print(workers_table(config))
+        columns = {"seconds": ("seconds, 12 rounds", 1, 1), "faster": ("times as fast", 1, 2)}
+        show(time_workers(config), name, "benchmark", columns)
         return
     device, cases = fllw.pick_device(config), cases_of(config)
     images = torch.randint(0, 256, ((2 + STEPS) * config.batch_size, *SHAPE), dtype=torch.uint8)
@@ -139,7 +140,8 @@ def main():
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     print(f"{config.batch_size} images a step, width {config.dim}, {config.depth} blocks, on "
-          f"{where}\n{fllw.table(rows, columns)}\n\n{memory_table(config, cases)}")
+          f"{where}\n\n{memory_table(config, cases)}")
+    show(rows, name, "benchmark", columns)
 
 if __name__ == "__main__":
     fllw.command(main)

@@ -2,10 +2,11 @@
 
     python -m experiments.compare --rows raw one-block fll fdd lasting two-blocks --seeds 0 1 2
 
-The control of a layer-wise method is the end-to-end model that fits into its memory: one block for
-FLL, two for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349). Rates do
-not carry over from one to the other, nor from one set of images to another. So each row's learning
-rate is chosen first, by short runs on training images alone; --lr takes one rate for all instead.
+The control of a layer-wise method is an end-to-end model that fits into its memory: one block for
+FLL, two for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349), and with
+micro-batches two or four blocks for FLL. Rates do not carry over from one to the other, nor from
+one set of images to another: each row's is chosen first, by short runs on training images alone;
+--lr takes one rate for all instead.
 Each row and seed has a run folder in --out: rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
@@ -33,21 +34,22 @@ MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
     "one-block-bytes": ("one-block", "fll", BYTES),
     "two-blocks-compute": ("two-blocks", "lasting", COMPUTE),
     "two-blocks-bytes": ("two-blocks", "lasting", BYTES),
-    "e2e-compute": ("e2e", "fll", COMPUTE), "e2e-bytes": ("e2e", "fll", BYTES)}
+    "e2e-compute": ("e2e", "fll", COMPUTE), "e2e-bytes": ("e2e", "fll", BYTES),
+    "two-blocks-micro-compute": ("two-blocks-micro", "fll", COMPUTE),
+    "e2e-micro-compute": ("e2e-micro", "fll", COMPUTE)}
 def variants(config):
     """The settings of every row that trains: key -> Config."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
-    fdd, epochs = replace(fll, depth_dropout=0.25), config.local_epochs
-    e2e = replace(fll, method="e2e")
+    fdd, e2e = replace(fll, depth_dropout=0.25), replace(fll, method="e2e")
     rows = {
         "one-block": replace(e2e, depth=1), "two-blocks": replace(e2e, depth=2),
         "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
         "fdd-most": replace(fll, depth_dropout=0.75),
-        "fdd-epochs": replace(fdd, local_epochs=3 * epochs),  # spends what frozen blocks save
         "pairs": replace(fll, blocks_per_stage=2),
         "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
         "progressive": replace(fll, method="progressive"),
-        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16)}
+        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16),
+        "two-blocks-micro": replace(e2e, micro_batch=16, depth=2)}
     return {key: row for key, row in rows.items() if possible(row)}
 
 def possible(config):
@@ -107,8 +109,7 @@ def name_of(key, row, config):
     name = fllw.label(row)
     if row.depth != config.depth:
         name = f"{'one block' if row.depth == 1 else 'two blocks'} end to end"
-    for setting, words in (("local_epochs", "{} local epochs"), ("lr", "rate {:g}"),
-                           ("micro_batch", "micro-batches of {}")):
+    for setting, words in (("lr", "rate {:g}"), ("micro_batch", "micro-batches of {}")):
         if getattr(row, setting) != getattr(config, setting):
             name += ", " + words.format(getattr(row, setting))
     if key in MATCHED:
