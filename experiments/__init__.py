@@ -15,8 +15,9 @@ from data import InputError
 RESULTS = Path(__file__).parent / "results"
 
 def once(config, dataset, experiment, work):
-    """The columns {name: number} of a run: read back if its folder has them, else work(folder,
-    state), which are then kept there. experiment: "NAME" or "NAME and what else sets it apart"."""
+    """The columns {name: number} of a run, or of its rows {name: columns}: read back if its folder
+    has them, else work(folder, state), which are then kept there. experiment: "NAME" or "NAME and
+    what else sets it apart"."""
     with fllw.run_folder(config, dataset, experiment) as (folder, state):
         summary = folder / "summary.json"
         if summary.exists():
@@ -50,12 +51,19 @@ def parse(parser, arguments, fixed=(), seeds="+"):
         raise InputError("--seeds names a seed twice: their spread would be wrong")
     return given
 
-def settings(parser, arguments, defaults, fixed=()):
+def settings(parser, arguments, defaults, fixed=(), splits=()):
     """Parse as parse() does, and validate with every seed: (the settings, a dict of the flags that
-    are no settings). defaults: a Config with what the experiment has by default."""
+    are no settings). defaults: a Config with what the experiment has by default; splits: choices of
+    --split, of which dirichlet stands for --alpha 0.1 and the other one for 0."""
+    if splits:
+        parser.add_argument("--split", choices=splits, default=splits[0], help="of the labels")
+        fixed = {"alpha", *fixed}
     given = parse(parser, arguments, fixed)
     flags = {name: given.pop(name) for name in given.keys() - asdict(defaults).keys()}
     config = replace(defaults, **given)
+    if splits:
+        config = replace(config, alpha=0.1 if flags["split"] == "dirichlet" else 0.0,
+                         out=given.get("out", f"{defaults.out}-{flags['split']}"))
     for seed in flags["seeds"]:
         fllw.validate(replace(config, seed=seed))
     return config, flags
