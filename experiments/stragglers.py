@@ -2,18 +2,17 @@
 
     python -m experiments.stragglers --split dirichlet
 
-SALF (Lang, Cohen, Shlezinger 2024, arXiv 2403.18375): a layer's mean is over those who reached it
-by the deadline, going back from the last layer; its step is divided by 1 - p, where p is the chance
-that nobody did. Its code (github langnatalie/SALF) has no such factor: unreached layers count as
-received. The paper cuts one step of SGD, and does not define a cut of several: here a straggler
-trains for all its steps with the layers below its depth frozen, which saves it the time. A layer is
-a block; the embedding goes with the first one, the final norm and the head with the last one.
+SALF (Lang et al. 2024, arXiv 2403.18375): a layer's mean is over those who reached it in time,
+going back from the last layer; its step is divided by 1 - p, where p is the chance that nobody did.
+Its code (github langnatalie/SALF) has no such factor: unreached layers count as received. The paper
+cuts one step of SGD: here a straggler trains for all its steps with the layers below its depth
+frozen, which saves the time. The embedding goes with block 0, final norm and head with the last.
 
 Speeds are log-uniform, fixed for a run (then p is 0 or 1, and the paper's rule is the plain mean),
 or with --redraw new in every round, as the paper's depths are. The slower a fixed device, the
-smaller the mean label of its images. A round ends at the deadline, or when all are done. Rows have
-as many rounds as fit into --rounds x deadline seconds, roughly. SALF has nothing to cut in a stage
-of FLL, which trains one block, but in a progressive one, which trains blocks 1 to s."""
+smaller the mean label of its images. A round ends at the deadline, or when all are done; a row has
+about as many rounds as fit into --rounds x deadline seconds. SALF has nothing to cut in FLL's
+stages, which train one block, but in progressive ones, which train blocks 1 to s."""
 import functools
 import itertools
 import math
@@ -21,13 +20,11 @@ from dataclasses import replace
 
 import data
 import fllw
-from experiments import once, parse, show
-from ssl_loss import evaluate
+from experiments import add, once, settings, show
+from ssl_loss import features, knn
 
-SETTING = {"images": 1000, "dim": 32, "heads": 4, "head_hidden": 64, "head_dim": 32, "lr": 8e-3,
-           "clients": 10, "rounds": 24, "batch_size": 50, "depth_dropout": 0.0}
 SPEEDS, RATIO = 300, 16  # what its draws are for; the fastest device's speed by the slowest's
-SLOWEST = 3.5e7          # multiply-accumulates a second: 16 s for all blocks in this setting
+SLOWEST = 3.5e7          # multiply-accumulates a second: 16 s for all blocks by default
 ROWS = {  # name: (changes of the settings, which are end to end; what becomes of stragglers)
     "end to end, waiting": ({}, "wait"), "end to end, dropping": ({}, "drop"),
     "SALF": ({}, "salf"), "SALF, released rule": ({}, "salf code"),
@@ -37,6 +34,12 @@ ROWS = {  # name: (changes of the settings, which are end to end; what becomes o
     "one block, dropping": ({"depth": 1}, "drop")}
 COLUMNS = {"rounds": ("rounds", 1, 0), "simulated_seconds": ("simulated s", 1, 0),
            "counted": ("counted %", 1, 0), **fllw.COLUMNS}
+
+def nearest(encoder, dataset):
+    """Accuracies in % by k-NN alone: probes would take as long as the training."""
+    train, images = features(encoder, dataset.train_images), dataset.test_images
+    return {name: knn(train, dataset.train_labels, features(encoder, part), dataset.test_labels)
+            for name, part in (("knn", images), ("moved_knn", data.moved(images, "digits")))}
 
 def cut(stage, depth):
     """The stage of a client that trains only the last `depth` of the active blocks."""
@@ -119,32 +122,29 @@ def measure(config, dataset, name, deadline, redraw, reach):
     def work(folder, state):
         ask = functools.partial(devices.ask, reach)
         encoder, history = fllw.train(config, dataset, folder, state, ask=ask)
-        return devices.clock(history) | evaluate(encoder, dataset, fllw.recipe_name(config))
+        return devices.clock(history) | nearest(encoder, dataset)
     return once(config, dataset, f"stragglers {name}, {deadline:g} s{', redrawn' * redraw}", work)
 
 def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.stragglers")
     parser.add_argument("--deadlines", nargs="+", type=float, default=[8, 4, 2], help="seconds")
-    parser.add_argument("--split", choices=("iid", "dirichlet"), default="iid", help="of labels")
     parser.add_argument("--redraw", action="store_true", default=False, help="speeds, each round")
-    given = parse(parser, arguments, {"method", "depth_dropout", "alpha", "seed"})
-    deadlines, split, redraw, seeds, save_as = [given.pop(flag) for flag in (
-        "deadlines", "split", "redraw", "seeds", "save")]
-    if not all(0 < deadline < math.inf for deadline in deadlines):
+    defaults = fllw.Config(images=600, dim=32, heads=4, head_hidden=64, head_dim=32, lr=8e-3,
+                           clients=6, rounds=18, batch_size=50, depth_dropout=0.0,
+                           out="runs/stragglers")
+    config, flags = settings(parser, arguments, defaults, {"method", "depth_dropout", "seed"},
+                             splits=("iid", "dirichlet"))
+    if not all(0 < deadline < math.inf for deadline in flags["deadlines"]):
         raise data.InputError("--deadlines must be above 0 seconds")
-    base = fllw.Config(**SETTING | given, alpha=0.1 if split == "dirichlet" else 0.0)
-    fllw.validate(replace(base, seed=min(seeds)))  # as FLL, which needs a round for every block
-    dataset = data.load(base.data, base.cache, base.images)
-    out, table = base.out or f"runs/stragglers-{split}", {}
-    for seed in seeds:
-        with fllw.reach_clients(replace(base, seed=seed), dataset) as reach:  # for all rows
-            for deadline, name in itertools.product(deadlines, ROWS):
-                folder = f"{out}/{deadline:g}s-{name.replace(',', '').replace(' ', '-')}-seed{seed}"
-                one = replace(base, seed=seed, out=folder, **{"method": "e2e"} | ROWS[name][0])
-                columns = table.setdefault(f"{deadline:g} s: {name}", {})
-                for key, value in measure(one, dataset, name, deadline, redraw, reach).items():
-                    columns.setdefault(key, []).append(value)
-    show(table, save_as, "stragglers", COLUMNS)
+    dataset, table = data.load(config.data, config.cache, config.images), {}
+    for seed in flags["seeds"]:
+        with fllw.reach_clients(replace(config, seed=seed), dataset) as reach:  # for all rows
+            for deadline, name in itertools.product(flags["deadlines"], ROWS):
+                folder = f"{config.out}/{deadline:g}s-{name.replace(' ', '-')}-seed{seed}"
+                one = replace(config, seed=seed, out=folder, **{"method": "e2e"} | ROWS[name][0])
+                columns = measure(one, dataset, name, deadline, flags["redraw"], reach)
+                add(table, f"{deadline:g} s: {name}", columns)
+    show(table, flags["save"], "stragglers", COLUMNS)
 
 if __name__ == "__main__":
     fllw.command(main)
