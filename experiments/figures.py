@@ -1,19 +1,19 @@
 """The pictures of the notebook, one function each, and those of the README.
 
-    python -m experiments.figures --out assets
+    python -m experiments.figures
 
-draws memory.png, stages.gif and budget.png into a folder that exists. Colours are those of Okabe
-and Ito (2008) for colour-blind readers; markers, dashes and hatches are for grey print."""
+draws those of the README into assets/. Colours are those of Okabe and Ito (2008) for colour-blind
+readers; markers, dashes and hatches are for grey print."""
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.figures")
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,11 +23,11 @@ from torch.optim import optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import fllw
-from data import InputError
+from experiments import RESULTS
 from ssl_loss import contrastive_loss
 
 MIB = 2**20
-RESULTS = Path(__file__).parent / "results"
+ASSETS = RESULTS.parent.parent / "assets"
 ORANGE, BLUE, GREEN = "#D55E00", "#56B4E9", "#009E73"
 METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#555555", "v", ":"),
            "equal bytes": ("#332288", "P", ":"), "FLL": ("#E69F00", "o", "-"),
@@ -37,10 +37,9 @@ METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#55555
 STATES = {"dropped": ("white", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
 COSTS = {"peak_mib": "peak memory (MiB)", "megabytes": "down + up (MB)",
          "gigamacs": "compute (10⁹ MAC for one image)"}
-plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3,
-                     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.ymargin": 0.15, "axes.titlelocation": "left", "axes.titlesize": 10,
-                     "legend.frameon": False})
+plt.rcParams.update({"figure.constrained_layout.use": True, "grid.alpha": 0.3, "axes.ymargin": 0.15,
+                     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+                     "axes.titlelocation": "left", "axes.titlesize": 10, "legend.frameon": False})
 
 def show(figure, alt, see):
     """Display a figure with its alternative text, and below it a sentence: what to see there."""
@@ -62,16 +61,13 @@ def panels(width, height, titles=("",), rows=1, **more):
     return axes.ravel()
 
 def legend_below(figure, columns=4):
-    """One legend for all axes of a figure, each name once."""
+    """One legend for all axes of a figure, each name once, and lines to read heights by."""
     named = {}
     for ax in figure.axes:
+        ax.grid(axis="y")
         named |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(named.values(), named, ncol=columns, loc="outside lower center")
     return figure
-
-def upright(ax, rows):
-    for name, height in rows.items():
-        ax.bar_label(ax.bar(name, height, color=look(name)["color"]), fmt="{:,.1f}")
 
 def squares(ax, depth, columns):
     """States of blocks; columns: which are present, kept and active; each hides those before."""
@@ -80,7 +76,6 @@ def squares(ax, depth, columns):
             ax.bar(x, 1, 1, np.array(blocks) - 0.5, color=colour, hatch=hatch, ec="grey",
                    label=name if x == 1 else None)
     ax.set(ylabel="block", yticks=range(depth), ylim=(-0.5, depth - 0.5))
-    ax.grid(False)
     ax.figure.legend(*ax.get_legend_handles_labels(), ncol=3, loc="outside upper right")
 
 def live_bytes(config, shape):
@@ -93,15 +88,11 @@ def live_bytes(config, shape):
     def criterion(config, z, chunks):
         tick()
         return contrastive_loss(config, z, chunks)
-    hooks = [optimizer.register_optimizer_step_pre_hook(tick),
-             optimizer.register_optimizer_step_post_hook(tick)]
-    client = functools.partial(fllw.local_train, criterion=criterion)
-    try:
-        last = fllw.stages(config)[-1]
+    client, last = functools.partial(fllw.local_train, criterion=criterion), fllw.stages(config)[-1]
+    with contextlib.ExitStack() as stack:
+        stack.callback(optimizer.register_optimizer_step_pre_hook(tick).remove)
+        stack.callback(optimizer.register_optimizer_step_post_hook(tick).remove)
         live = fllw.metered_step(config, last, tuple(shape), client).live_bytes
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [live[start - 1:end] + live[end - 1:end]
             for start, end in zip(ticks[2:5], ticks[3:6])]  # of the second step
 
@@ -124,7 +115,6 @@ def memory_over_time(lives):
                           xlabel="operations, in order (phases not to scale)",
                           xticklabels=("forward", "backward", "optimizer"))
     for ax, end in itertools.product(axes, (1, 2)):
-        ax.grid(axis="x", visible=False)
         ax.axvline(end, color="grey", lw=0.8)
     return legend_below(ax.figure, 2)
 
@@ -132,7 +122,7 @@ def label_counts(counts):
     """How many images of each class each client has; counts: title -> int [clients, classes]."""
     most, height = max(t.max() for t in counts.values()), 0.9 + 0.2 * len([*counts.values()][0])
     for ax, table in zip(panels(8.5, height, counts), counts.values()):
-        ax.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=2 * most, zorder=1)
+        ax.imshow(table, cmap="Blues", aspect="auto", vmin=0, vmax=2 * most)
         for (client, label), n in np.ndenumerate(table if table.size <= 100 else table[:0]):
             ax.text(label, client, n, ha="center", va="center", fontsize=6)
         ax.set(xlabel="class", ylabel="client", yticks=range(len(table)))
@@ -149,7 +139,7 @@ def pictures(rows, names, titles=(), wrong=()):
         for ax, image in zip(row, images):
             if image.is_floating_point():
                 image = (127.5 * image + 127.5).clamp(0, 255).byte()
-            ax.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255, zorder=1)
+            ax.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     for y, x in wrong:
@@ -163,7 +153,6 @@ def similarities(matrices, row):
         views, shown = np.arange(len(matrix)), np.array(matrix)
         shown[views, views] = np.nan  # not in the loss
         image = ax.imshow(shown, cmap="PuOr_r", vmin=-1, vmax=1)
-        ax.grid(False)
         ax.axhspan(row - 0.5, row + 0.5, fc="none", ec="black", lw=1.5)
         ax.scatter(views, np.roll(views, len(views) // 2), 60, "none", "s", edgecolors="black")
         ax.set(xlabel="view k", ylabel="view i", xticks=views[::5], yticks=views[::5],
@@ -199,7 +188,6 @@ def progress(runs, losses, chance, raw, ends=()):
     for end in ends:
         axes[0].axvline(end + 0.5, color="grey", lw=0.6)
     axes[0].set(xlabel="round", ylabel="training loss (nats)")
-    axes[0].grid(axis="x", visible=False)
     axes[0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for ax, label in zip(axes[1:], COSTS.values()):
         ax.axhline(raw, color="black", linestyle=":", label="raw pixels")
@@ -219,7 +207,6 @@ def bars(rows, columns, limits=None):
             ax.plot(values, [name] * len(values), "ko" if limits or values[1:].size else "", ms=4)
             ax.annotate(f" {values.mean():,.1f} ", (x, name), va="center", ha=side, fontsize=9)
         ax.set(xlim=limits or (0, None))
-        ax.grid(False)
     return ax.figure
 
 def saved(*patterns):
@@ -243,6 +230,24 @@ def budget(results):
             ax.errorbar(*np.transpose(sorted(points)), capsize=4, mfc="none", **look(method))
         ax.set(xlabel=COSTS["gigamacs"], ylabel=column.replace("knn", "k-NN (%)").replace("_", " "))
     return legend_below(ax.figure)
+
+def conflicts():
+    """Which layers conflict in experiments.personal: layer against round, mean over seeds; a row of
+    panels for each split, a column for each start."""
+    tables = {}
+    for (file, name), row in saved("personal-*").items():
+        shares = [np.mean(row[column]) for column in row if column.startswith("round ")]
+        if shares:
+            start, layer = name.split(": ")
+            tables.setdefault(f"{file.removeprefix('personal-')}: {start}", {})[layer] = shares
+    axes = panels(7.5, 4, [""] * 3, rows=2, sharex=True, sharey=True)
+    for ax, (title, table) in zip(axes, tables.items()):
+        x, y = range(1, 1 + len(table["classifier"])), range(len(table))
+        image = ax.pcolormesh(x, y, [*table.values()], cmap="PuOr_r", vmin=30, vmax=70)
+        ax.set(title=title, xlabel="round", yticks=y, yticklabels=table)
+    ax.figure.colorbar(image, ax=axes, label="pairs of clients in conflict (%)", extend="min")
+    ax.figure.suptitle("The classifier conflicts least, upper blocks most, whatever the start")
+    return ax.figure
 
 SAVED = {("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
                                    "digits-two-active-blocks", "digits-dropout-*"),
@@ -272,29 +277,24 @@ def stages_gif(path, step=5):
             squares(left, PHONE.depth, [(stage.present, kept, stage.active)])
             left.set(xticks=[], title=f"round {i}")
             peak = fllw.peak_memory(PHONE, stage, COLOUR, tuple(kept))
-            upright(middle, {"FLL + FDD": peak / MIB,
-                             "end-to-end": whole["peak_memory_bytes"] / MIB})
-            upright(right, {"FLL + FDD": sent, "end-to-end": total * i / PHONE.rounds})
+            for ax, heights in ((middle, (peak / MIB, whole["peak_memory_bytes"] / MIB)),
+                                (right, (sent, total * i / PHONE.rounds))):
+                for name, height in zip(("FLL + FDD", "end-to-end"), heights):
+                    ax.bar_label(ax.bar(name, height, color=look(name)["color"]), fmt="{:,.1f}")
             right.set(ylim=(0, 1.15 * total))
             left.figure.savefig(buffer := io.BytesIO())
             gif.append(Image.open(buffer))
     gif[0].save(path, save_all=True, append_images=gif[1:] + 6 * gif[-1:], duration=333, loop=0)
 
 def main(arguments=None):
-    def error(message):
-        raise InputError(message)
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures",
-                                     description=__doc__.split("\n\n")[0])
-    parser.error = error  # one sentence instead of the usage
-    parser.add_argument("--out", required=True, type=Path, help="folder for the pictures")
-    out = parser.parse_args(arguments).out
-    if not out.is_dir():
-        raise InputError(f"--out {out} is no folder: make it, or name another one")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.error = functools.partial(fllw.Parser.error, parser)  # one sentence, not the usage
+    parser.parse_args(arguments)
     lives = {name: live_bytes(config, COLOUR) for name, config in four_ways(PHONE).items()}
-    memory_over_time(lives).savefig(out / "memory.png", dpi=100)
-    stages_gif(out / "stages.gif")
-    budget(SAVED).savefig(out / "budget.png", dpi=100)
-    print(f"drawn in {out}: memory.png, stages.gif, budget.png")
+    memory_over_time(lives).savefig(ASSETS / "memory.png", dpi=100)
+    stages_gif(ASSETS / "stages.gif")
+    budget(SAVED).savefig(ASSETS / "budget.png", dpi=100)
+    conflicts().savefig(ASSETS / "conflicts.png", dpi=100)
 
 if __name__ == "__main__":
     fllw.command(main)
