@@ -218,22 +218,22 @@ def saved(*patterns):
 def budget(results):
     """Accuracy against compute; results: (title, column) -> names of results/*.json. A point is a
     method with one budget. It has a bar, the standard deviation, if it has seeds."""
-    axes = panels(8.5, 3.6, [title for title, _ in results])
+    axes = panels(9, 3.8, [title for title, _ in results])
     for ax, ((_, column), names) in zip(axes, results.items()):
         methods = {}  # name -> points (compute, mean, deviation)
         for (_, name), row in saved(*names).items():
             if "macs" in row and column in row:
                 spread = np.std(row[column], ddof=1) if len(row[column]) > 1 else np.nan
                 point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
-                methods.setdefault(name.split(",")[0], []).append(point)
+                method = name.split(",")[0].split(" 0.")[0]  # FDD: one curve over its rates
+                methods.setdefault(method + ", micro" * ("micro" in name), []).append(point)
         for method, points in methods.items():
             ax.errorbar(*np.transpose(sorted(points)), capsize=4, mfc="none", **look(method))
         ax.set(xlabel=COSTS["gigamacs"], ylabel=column.replace("knn", "k-NN (%)").replace("_", " "))
     return legend_below(ax.figure)
 
 def conflicts():
-    """Which layers conflict in experiments.personal: layer against round, mean over seeds; a row of
-    panels for each split, a column for each start."""
+    """Which layers conflict in experiments.personal: layer against round, mean over seeds."""
     tables = {}
     for (file, name), row in saved("personal-*").items():
         shares = [np.mean(row[column]) for column in row if column.startswith("round ")]
@@ -249,8 +249,8 @@ def conflicts():
     ax.figure.suptitle("The classifier conflicts least, upper blocks most, whatever the start")
     return ax.figure
 
-SAVED = {("digits", "moved_knn"): ("digits-48", "digits-96", "digits-one-active-block",
-                                   "digits-two-active-blocks", "digits-dropout-*"),
+SAVED = {("digits, 4 blocks", "moved_knn"): ("digits-48", "digits-96", "digits-192"),
+         ("digits, 12 blocks", "moved_knn"): ("digits-12-blocks",),
          ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48", "cifar10-192")}
 
 PHONE = fllw.Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
