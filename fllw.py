@@ -643,7 +643,7 @@ def metered_step(config, stage, shape, train_client):
     form = broadcast(initial(config, shape, "meta"), stage.present)
     with FakeTensorMode():
         message = {name: torch.zeros(t.shape) for name, t in form.items()}
-        blank = torch.zeros(2 * config.batch_size, *shape, dtype=torch.uint8)  # images for two steps
+        blank = torch.zeros(2 * config.batch_size, *shape, dtype=torch.uint8)  # for two steps
         with MemoryMeter() as meter:
             train_client(config, stage, message, blank, 1, 0)
     return meter
@@ -946,7 +946,7 @@ def run(config):
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         print(f"\n{table(rows)}\n{len(dataset.test_images):,} test images; moved: under one random "
-              f"view each. Costs are one client's.\nEncoder, history and this table are in {out}")
+              f"view each. Costs are one client's.\nEncoder, checkpoint and table are in {out}")
         if dataset.train_labels.bincount().min() < 10:
             print("Some class has fewer than 10 training images: '10 labels' takes all of its.")
 

@@ -95,7 +95,7 @@ def time_workers(config):
     """Rows: seconds that the default command's training takes, the start of its workers included.
 
     "2 threads" is one process whose steps use two of torch's threads."""
-    config = replace(config, data="mnist5k", patch_size=7, rounds=12)
+    config = replace(config, data="mnist5k", patch_size=7, rounds=24)
     dataset, rows = data.load("mnist5k"), {}
     for name, workers in (("one process, 2 threads", 0), ("1 worker", 1), ("2 workers", 2)):
         began = time.perf_counter()
@@ -119,7 +119,7 @@ def main():
     config = fllw.Config(**{"patch_size": 4, **given})  # of 32 x 32 pixels
     fllw.validate(config)
     if workers_only:
-        columns = {"seconds": ("seconds, 12 rounds", 1, 1), "faster": ("times as fast", 1, 2)}
+        columns = {"seconds": ("seconds, 24 rounds", 1, 1), "faster": ("times as fast", 1, 2)}
         show(time_workers(config), name, "benchmark", columns)
         return
     device, cases = fllw.pick_device(config), cases_of(config)

@@ -8,7 +8,6 @@ score is Recon's, 2302.11289) averages all layers for M rounds; then the top_k l
 conflicts stay with the clients. As in the paper, not as in its code (khanhkhanhlele/FedLAG), they
 still receive the others. Unlike both, an update is what a round changed, no gradient; a layer is a
 block, the embedding, the final norm or the classifier. An interrupted start begins anew."""
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +20,7 @@ from experiments import add, once, settings, show
 
 STARTS = {"FLL": "fll", "scratch": None, "end-to-end": "e2e"}  # pre-training; of e2e only FedAvg
 PRETRAINING = {"rounds": 18, "local_epochs": 2, "batch_size": 16, "lr": 4e-3, "classes": 0}
-COLUMNS = {name: (f"{name} %", 1, 1) for name in ("before", "after", "conflicts")}
+COLUMNS = {c: (f"{c} %", 1, 1) for c in "before before_sd after after_sd conflicts".split()}
 
 @dataclass(frozen=True)
 class Settings(fllw.Config):
@@ -81,15 +80,16 @@ def keep(layers, received, trained, ask, stage, round_number, progress, messages
 @torch.no_grad()
 def judge(config, dataset, held, received, trained):
     """Accuracy in % of clients on their own held-back images (held: client -> indices), before and
-    after the last round: the mean over clients, weighted by images."""
+    after the last round: the mean over clients, weighted by images, and its deviation."""
     columns = {}
     for when, models in (("before", received), ("after", trained)):
         right = []
         for client, mine in enumerate(held):
             learner = fllw.assemble(config, models[client], dataset.shape)
             z = learner.head(learner.encoder(data.normalise(dataset.train_images[mine])))
-            right.append(z.argmax(1) == dataset.train_labels[mine])
-        columns[when] = 100 * torch.cat(right).double().mean().item()
+            right.append((z.argmax(1) == dataset.train_labels[mine]).double())
+        columns[when] = 100 * torch.cat(right).mean().item()
+        columns[f"{when}_sd"] = 100 * torch.stack([x.mean() for x in right if len(x)]).std().item()
     return columns
 
 def rows_of(config, dataset, held, pretrain, ask, method, *_):
@@ -137,7 +137,7 @@ def main(arguments=None):
         training, held = divide(one, dataset.train_labels)
         client = partial(train_client, [dataset.train_labels[part].numpy() for part in training])
         pool = partial(fllw.in_processes, images=dataset.train_images, parts=training,
-                       workers=config.workers or os.cpu_count())
+                       workers=config.workers or torch.get_num_threads())
         with pool(replace(one, **PRETRAINING)) as pretrain, pool(one, train_client=client) as ask:
             for start, method in STARTS.items():
                 work = partial(rows_of, one, dataset, held, pretrain, ask, method)

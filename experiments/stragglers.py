@@ -130,7 +130,7 @@ def main(arguments=None):
     parser.add_argument("--deadlines", nargs="+", type=float, default=[8, 4, 2], help="seconds")
     parser.add_argument("--redraw", action="store_true", default=False, help="speeds, each round")
     defaults = fllw.Config(images=600, dim=32, heads=4, head_hidden=64, head_dim=32, lr=8e-3,
-                           clients=6, rounds=18, batch_size=50, depth_dropout=0.0,
+                           clients=6, rounds=15, batch_size=50, depth_dropout=0.0,
                            out="runs/stragglers")
     config, flags = settings(parser, arguments, defaults, {"method", "depth_dropout", "seed"},
                              splits=("iid", "dirichlet"))
