@@ -49,8 +49,8 @@ def show(figure, alt, see):
 def look(name):
     """A method's style for plot(), by the first of METHODS in its name; FDD's if there is none."""
     colour, marker, dashes = METHODS[next((part for part in METHODS if part in name), "FDD")]
-    return {"color": colour, "marker": marker, "label": name,
-            "linestyle": ":" if "micro" in name else dashes}
+    marker, dashes = ("*", ":") if "micro" in name else (marker, dashes)
+    return {"color": colour, "marker": marker, "label": name, "linestyle": dashes}
 
 def panels(width, height, titles=("",), rows=1, **more):
     """Axes, a column for each title, in a figure (inches); closed, or a notebook shows it twice."""
@@ -161,12 +161,12 @@ def similarities(matrices, row):
     return ax.figure
 
 def dropout_strip(depth, stage, draws):
-    """Depth dropout; draws: a list of rounds, each a list of the blocks that clients keep."""
+    """Depth dropout; draws: round -> a list of the blocks that clients keep."""
     (ax,) = panels(8.5, 0.3 * depth + 1.1)
-    clients, rounds = len(draws[0]), np.arange(len(draws))
-    squares(ax, depth, [(stage.present, kept, stage.active) for kept in sum(draws, [])])
+    clients, rounds = len(next(iter(draws.values()))), np.arange(len(draws))
+    squares(ax, depth, [(stage.present, kept, stage.active) for kept in sum(draws.values(), [])])
     ax.vlines(rounds[1:] * clients + 0.5, -0.5, depth - 0.5, "black")
-    ax.set(xticks=(rounds + 0.5) * clients + 0.5, xticklabels=[f"round {r + 1}" for r in rounds])
+    ax.set(xticks=(rounds + 0.5) * clients + 0.5, xticklabels=[f"round {r}" for r in draws])
     return ax.figure
 
 def progress(runs, losses, chance, raw, ends=()):
