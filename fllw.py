@@ -809,7 +809,7 @@ def read(path, advice="delete it and rerun the command"):
     with friendly_errors(f"{path} cannot be read", advice):
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu", weights_only=True)
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
 
 def load_state(folder, config, shape):
     """The State to resume from; None before the first round."""
@@ -827,8 +827,10 @@ def load_encoder(folder):
     if not (folder / "encoder.pt").exists():
         raise InputError(f"{folder} holds no finished run: rerun its command, or train with --out")
     saved, tensors = read(folder / "config.json"), read(folder / "encoder.pt")
-    maker = f"experiments.{saved['experiment']}" if saved["experiment"] else "fllw.py"
-    with friendly_errors(f"{folder}/encoder.pt, made by {maker}, is no plain ViT", "load it there"):
+    reason, advice = "is damaged", "delete it and rerun the command"
+    if saved.get("experiment"):
+        reason, advice = f"was made by experiments.{saved['experiment']}", "load it there"
+    with friendly_errors(f"{folder}/encoder.pt {reason}", advice):
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
         server = broadcast(initial(config, saved["image_shape"]), ())  # for the head
         server |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}

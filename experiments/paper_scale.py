@@ -125,6 +125,8 @@ def main(arguments=None):
     base, epochs = (TOY, 2) if rehearse else (PAPER, TUNE)
     config = replace(base, **given)
     fllw.validate(config)
+    for key in set(ROWS) - {"raw", "random", "scratch"} - compare.variants(config).keys():
+        raise InputError(f"the row {key} cannot be trained with --depth {config.depth}")
     out = Path(config.out or f"runs/paper-scale-{Path(config.data).stem}").expanduser()
     dataset = data.load(config.data, config.cache, config.images)
     with friendly_errors(f"{out} cannot be a run folder", "choose another --out"):

@@ -78,7 +78,7 @@ def keep(layers, received, trained, ask, stage, round_number, progress, messages
         yield client, answer._replace(upload=shared)
 
 @torch.no_grad()
-def judge(config, dataset, held, received, trained):
+def accuracies(config, dataset, held, received, trained):
     """Accuracy in % of clients on their own held-back images (held: client -> indices), before and
     after the last round: the mean over clients, weighted by images, and its deviation."""
     columns = {}
@@ -112,7 +112,7 @@ def rows_of(config, dataset, held, pretrain, ask, method, *_):
     for columns in scores.values():
         columns["conflicts"] = sum(list(columns.values())[:M]) / M
     ranked = sorted(layers, key=lambda layer: -scores[layer]["conflicts"])  # or else by height
-    rows = {"FedAvg": judge(config, dataset, held, received, trained), **scores}
+    rows = {"FedAvg": accuracies(config, dataset, held, received, trained), **scores}
     plan = {"local only": (0, layers), "FedAvg, then fine-tuning": (R - tuning, layers),
             "FedAvg, then local only": (M, layers), "FedPer": (0, ["classifier"]),
             "FedLAG, top 1": (M, ranked[:1]), "FedLAG, top 3": (M, ranked[:3]),
@@ -122,7 +122,7 @@ def rows_of(config, dataset, held, pretrain, ask, method, *_):
         trained = dict(before) if rounds == M else {}  # or from the server's
         fllw.federate(config, dataset, fllw.State(dict(server), state.history[:rounds]),
                       ask=partial(keep, personal, received, trained, ask))
-        rows[name] = judge(config, dataset, held, received, trained)
+        rows[name] = accuracies(config, dataset, held, received, trained)
     return rows
 
 def main(arguments=None):

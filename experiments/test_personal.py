@@ -104,7 +104,7 @@ def test_held_back_images_have_the_label_mix_and_weigh_alike():
         learner = fllw.assemble(CLIENTS, tensors, DATASET.shape)
         guesses = learner.head(learner.encoder(data.normalise(PIXELS[HELD[client]]))).argmax(1)
         right += (guesses == labels[HELD[client]]).sum().item()
-    columns = personal.judge(CLIENTS, DATASET, HELD, received, trained)
+    columns = personal.accuracies(CLIENTS, DATASET, HELD, received, trained)
     assert columns["after"] == pytest.approx(100 * right / sum(map(len, HELD)))
 
 def test_the_command_saves_and_reads_back(tmp_path, monkeypatch):
