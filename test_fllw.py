@@ -79,7 +79,7 @@ def federated(config, dataset, **joints):
 def client_of(config, stage, kept, shape=SHAPE):
     """A client's learner with the blocks `kept`, from the seed."""
     message = fllw.broadcast(fllw.initial(config, shape), kept)
-    return fllw.receive(config, message, shape, stage)
+    return fllw.assemble(config, message, shape, stage.trains)
 
 def run_here(capsys, *arguments):
     """What the command prints, run in this process, which need not start first."""

@@ -64,7 +64,7 @@ def measure(config, stage, kept, images):
     """(seconds of a local step, seconds of a bare one)."""
     server = {name: t.to(images.device) for name, t in fllw.initial(config, SHAPE).items()}
     message = fllw.broadcast(server, kept)
-    learner = fllw.receive(config, message, SHAPE, stage)
+    learner = fllw.assemble(config, message, SHAPE, stage.trains)
     views = data.normalise(images[:config.batch_size].repeat(2, 1, 1, 1))
     seconds = []
     for steps in (2, 2 + STEPS):  # what comes before the first step is paid in both

@@ -27,7 +27,6 @@ from experiments import add, compare, show
 from ssl_loss import first_of_each_class
 
 TUNING = 100  # what its draws are for
-DRAWS = 5     # of few labels, per seed
 MILD = {  # views that keep their class, for fine-tuning
     "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
     "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
@@ -89,7 +88,7 @@ def encoder_of(key, row, dataset, depth):
     encoder = fllw.load_encoder(row.out)
     return deepen(row, encoder, depth, GROWN[key][0], dataset.shape) if key in GROWN else encoder
 
-def tune(key, row, dataset, out, depth, epochs, counts):
+def tune(key, row, dataset, out, depth, epochs, counts, draws):
     """Columns of a row: test accuracies after fine-tuning on each of `counts` labels a class, 0: on
     all; with few labels the mean of several draws. Kept in OUT/KEY-seedN-finetuned.json."""
     home = HOME.get(key, key)
@@ -104,7 +103,7 @@ def tune(key, row, dataset, out, depth, epochs, counts):
     columns = {}
     for count in counts:
         accuracies = []
-        for draw in range(DRAWS if count else 1):
+        for draw in range(draws if count else 1):
             name = f"{count or 'all'} labels a class, {epochs} epochs, draw {draw}"
             if name not in saved:
                 encoder = encoder_of(key, row, dataset, depth).to(device)
@@ -121,11 +120,13 @@ def main():
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.finetune")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--labels", nargs="+", type=int, default=[0], help="a class; 0: all")
+    parser.add_argument("--draws", type=int, default=5, help="of few labels, for each seed")
     keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
     config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
     epochs, counts = flags["more"]["epochs"], flags["more"]["labels"]
-    if epochs < 1 or min(counts) < 0:
-        raise InputError("--epochs must be 1 or more, and --labels 0 or more")
+    draws = flags["more"]["draws"]
+    if min(epochs, draws) < 1 or min(counts) < 0:
+        raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
     dataset = data.load(config.data, config.cache, config.images)
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     trained = [HOME.get(key, key) for key in flags["rows"] if key not in SCRATCH]
@@ -139,7 +140,7 @@ def main():
             name = SCRATCH.get(key) or compare.name_of(HOME.get(key, key), row, config)
             if key in GROWN:
                 name += f", {config.depth - 1} {GROWN[key][1]} on top"
-            add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts))
+            add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts, draws))
     columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
     show(rows, flags["save"], "finetune", columns)
     print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}; fine-tuned on so "

@@ -74,7 +74,7 @@ def vicreg(config, z, chunks=None):
 def momentum_train(config, stage, message, images, round_number, client, progress=0.0):
     """A client's work with BYOL or MoCo v3. Arguments and result are those of fllw.local_train."""
     first, shape = min(stage.active), images.shape[1:]
-    learner = fllw.receive(config, message, shape, stage)
+    learner = fllw.assemble(config, message, shape, stage.trains)
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=config.weight_decay, fused=True)
 

@@ -121,7 +121,7 @@ def test_a_momentum_encoder_follows_every_step_and_gets_no_gradient(objective, n
     stage = fllw.stages(config)[number - 1]
     server = server_of(config, stage)
     upload, losses = objectives.momentum_train(config, stage, server, pixels, 1, 0)
-    online = fllw.receive(config, server, SHAPE, stage)
+    online = fllw.assemble(config, server, SHAPE, stage.trains)
     target = copy.deepcopy(online).requires_grad_(False)
     del target.head.predictor
     trained = {name: p for name, p in online.named_parameters() if stage.trains(name)}
