@@ -11,7 +11,6 @@ Rounds and stages are counted from 1, blocks and clients from 0.
 """
 import argparse
 import contextlib
-import copy
 import fcntl
 import functools
 import io
@@ -41,8 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 from data import InputError, friendly_errors
-from ssl_loss import (COLUMNS, ProjectionHead, contrastive_loss, evaluate, micro_batched_step,
-                      table)
+from ssl_loss import ProjectionHead, contrastive_loss, evaluate, micro_batched_step, table
 
 # ----------------------------------------------------------------------------------- settings
 def knob(default, help, **more):
@@ -83,7 +81,7 @@ class Config:
     seed: int = knob(0, "everything random derives from it", low=0, group="run")
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     workers: int = knob(0, "processes that train clients; 0: one per core, on a GPU none", low=0)
-    out: str = knob("", "run folder; by default runs/<data>-<method>-seed<seed>")
+    out: str = knob("", "run folder; by default one under runs/, named after data and method")
     cache: str = knob("~/.cache/fllw", "folder for downloaded data sets")
 
     def learner(self, image_shape):
@@ -220,7 +218,7 @@ def assemble(config, tensors, shape, trains=lambda name: True):
 def encoder_of(config, server, shape):
     """The encoder among the server's tensors: evaluation and deployment use every block.
 
-    ValueError unless they are tensors of this model."""
+    ValueError if a tensor is not one of this model."""
     if not is_valid(server, initial(config, shape, "meta")):
         raise ValueError("these tensors do not belong to this model")
     return assemble(config, server, shape).encoder.eval().requires_grad_(False)
@@ -248,7 +246,7 @@ class Stage:
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
 
-    history: the rows of the rounds done. It is not used here; another plan may look at losses."""
+    history: the rows of the rounds done. Not used here; another plan may end a stage early."""
     L, k = config.depth, config.blocks_per_stage
     every, tops = tuple(range(L)), range(k, L + 1, k)  # where the blocks of each stage end
     choices = {  # (present, active), stage by stage
@@ -354,8 +352,8 @@ def local_train(config, stage, message, images, round_number, client, progress=0
 @dataclass
 class State:
     """All there is between two rounds."""
-    server: dict   # name -> tensor, on the CPU: the blocks so far, and the head
-    history: list  # a row for every round done, with the keys of ROW
+    server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: blocks so far, head
+    history: list = field(default_factory=list)  # a row for every round done: see ROW
 
 ROW = {  # what happened in a round; what follows from it, such as bytes, is for the Ledger
     "round": "counted from 1",
@@ -383,16 +381,12 @@ def grow(config, server, stage, shape, device="cpu"):
         if config.new_block == "fresh":
             source, origin = initial(config, shape, device), b
         for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
-            if starts_at_zero(config, name):
+            if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
                 tensor = torch.zeros_like(tensor)
             # A copy is the same object, not a clone: training replaces tensors, and the Ledger sees
             # by identity what a client has already.
             server[name.replace(f"blocks.{origin}.", f"blocks.{b}.")] = tensor
         there.add(b)
-
-def starts_at_zero(config, name):
-    """Whether grow() sets this tensor of a new block to 0."""
-    return config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name)
 
 class Average:
     """FedAvg (McMahan et al. 2017): each tensor's mean over the clients that sent it, weighted by
@@ -415,7 +409,7 @@ class Average:
         return {name: (total / self.images[name]).float() for name, total in self.sums.items()}
 
 # federate() below takes three functions, so that an experiment can bring its own:
-#   plan(config, history) lists the stages.
+#   plan(config, history) lists the stages; the history may change their rounds, nothing else.
 #   ask(stage, round_number, progress, messages) reaches the clients. messages: an iterator of pairs
 #       (client, message). It yields pairs (client, Answer) in that order; who is left out was lost.
 #   on_round(row, state) is called after every round. It may change the server's tensors, and then
@@ -444,7 +438,7 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
     state: a State to resume from; train_client: like local_train, for the default ask."""
     if ask is None:
         ask = in_turn(config, dataset.train_images, parts_of(config, dataset), train_client)
-    state = state or State({}, [])
+    state = state or State()
 
     while True:
         began, round_number = time.perf_counter(), len(state.history) + 1
@@ -463,7 +457,7 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
         expected = {name: t for name, t in state.server.items() if stage.trains(name)}
         average, answers = Average(), []
         for client, answer in ask(stage, round_number, progress, messages):
-            valid = is_valid(answer.upload, expected)
+            valid = 0 < answer.images < math.inf and is_valid(answer.upload, expected)
             if valid:
                 average.add(answer.upload, answer.images)
             answers.append({"client": client, "loss": answer.loss, "images": answer.images,
@@ -507,7 +501,7 @@ def is_valid(upload, expected):
         if tensor.dtype != expected[name].dtype:
             return False
     flat = torch.cat([tensor.flatten() for tensor in upload.values()] or [torch.zeros(1)])
-    return bool(flat.abs().max().isfinite())  # one not a number makes the maximum not a number
+    return bool(flat.abs().max().isfinite())  # NaN anywhere makes the maximum NaN
 
 @contextlib.contextmanager
 def one_thread():
@@ -553,70 +547,69 @@ def count_macs(config, stage, kept, image_shape):
 class Ledger:
     """What rounds cost: replays the rows of a history, on tensors that have no data.
 
-    Identity stands for content: a tensor that changes is replaced by another object. A client that
-    keeps what it received downloads only objects that it has not received. It makes a new block
-    itself: a copy is an object that it has, and zeros need no sending. A "stateless" client keeps
-    nothing and downloads all that it uses in every round. A plan that looks at the history must
-    number its stages as without it."""
-    def __init__(self, config, shape, plan=stages):
+    Identity stands for content: a tensor that changes is replaced by another object, and sets of
+    tensors go by identity. A client that keeps what it received downloads only what is not in its
+    set. New blocks it makes itself: copies are objects that it has, and zeros need no sending. A
+    "stateless" client keeps nothing and downloads all that it uses in every round.
+    plan: the list of stages, by default that of the settings."""
+    def __init__(self, config, shape, plan=None):
         self.config, self.shape = config, tuple(shape)
-        self.stages = {stage.number: stage for stage in plan(config, ())}
-        self.server, self.zeros = {}, {}
-        self.held = {}  # client -> {id of a tensor: the tensor} that it has received
+        self.stages = {stage.number: stage for stage in plan or stages(config)}
+        self.server, self.zeros = {}, set()
+        self.held = {}  # client -> the tensors that it has received
 
     def add(self, row):
         """The costs of the next row: means over its sampled clients. In bytes: download_bytes,
         stateless_download_bytes, upload_bytes; macs: for one image in all local epochs."""
         config, stage = self.config, self.stages[row["stage"]]
-        before = set(self.server)
+        before = set(self.server.values())
         grow(config, self.server, stage, self.shape, "meta")
-        self.zeros |= {id(t): t for name, t in self.server.items()
-                       if before and name not in before and starts_at_zero(config, name)}
-        current = {id(t) for t in self.server.values()}
+        current = set(self.server.values())
+        if before and config.new_block == "zero":  # what grow() did not copy, it set to 0
+            self.zeros |= current - before
 
         down = stateless = macs = up = 0
         for client, kept in zip(row["clients"], row["kept_blocks"]):
-            message = {id(t): t for t in broadcast(self.server, kept).values()}
-            held = self.zeros | self.held.get(client, {})
-            down += sum(t.nbytes for key, t in message.items() if key not in held)
-            stateless += sum(t.nbytes for key, t in message.items() if key not in self.zeros)
-            self.held[client] = {k: t for k, t in (held | message).items() if k in current}
+            message = set(broadcast(self.server, kept).values())
+            held = self.zeros | self.held.get(client, set())
+            down += sum(t.nbytes for t in message - held)
+            stateless += sum(t.nbytes for t in message - self.zeros)
+            self.held[client] = (held | message) & current
             macs += config.local_epochs * config.macs(stage, kept, self.shape)
 
-        trained, changed = [name for name in self.server if stage.trains(name)], set(row["changed"])
+        trained = {name for name in self.server if stage.trains(name)}
+        changed = set(row["changed"])
         for answer in row["answers"]:
-            sent = [name for name in trained if name not in answer["missing"]]
+            sent = trained - set(answer["missing"])
             up += REPORT_BYTES + sum(self.server[name].nbytes for name in sent)
-            changed |= set(sent) if answer["valid"] else set()
+            if answer["valid"]:
+                changed |= sent
         self.server |= {name: torch.empty_like(self.server[name]) for name in changed}
 
         count = len(row["clients"])
         return {"download_bytes": down / count, "stateless_download_bytes": stateless / count,
                 "upload_bytes": up / count, "macs": macs / count}
 
-def planned_rows(config, plan=stages, history=()):
+def planned_rows(config, plan=None):
     """Rows of a run in which ten clients (or all, if fewer) take part in every round and answer:
-    enough for a mean over the draws of depth dropout.
-
-    history: the rows of a real run, for a plan that looks at them."""
+    enough for a mean over the draws of depth dropout. plan: the list of stages."""
     clients, rows = range(min(config.clients_per_round or config.clients, 10)), []
-    while True:
-        stage, _ = stage_progress(plan(config, history), len(rows))
-        if stage is None:
-            return rows
-        number = len(rows) + 1
-        kept = [sample_kept_blocks(config, stage, number, client) for client in clients]
-        answers = [{"valid": True, "missing": []} for _ in clients]
-        rows.append({"round": number, "stage": stage.number, "clients": list(clients),
-                     "kept_blocks": kept, "answers": answers, "changed": []})
+    for stage in plan or stages(config):
+        for number in range(len(rows) + 1, len(rows) + 1 + stage.rounds):
+            kept = [sample_kept_blocks(config, stage, number, client) for client in clients]
+            answers = [{"valid": True, "missing": []} for _ in clients]
+            rows.append({"round": number, "stage": stage.number, "clients": list(clients),
+                         "kept_blocks": kept, "answers": answers, "changed": []})
+    return rows
 
-def cost(config, shape, train_client=local_train, plan=stages, history=()):
+def cost(config, shape, train_client=local_train, plan=None):
     """What a client that takes part in every round pays for a whole run, without training: the
     sums of Ledger.add() over planned_rows(), and peak_memory_bytes of its largest step.
 
-    shape: (channels, height, width) of an image. A client has a batch of images at least."""
+    shape: (channels, height, width) of an image; plan: the list of stages. A client has a batch of
+    images at least."""
     ledger, total, steps = Ledger(config, shape, plan), {}, set()
-    for row in planned_rows(config, plan, history):
+    for row in planned_rows(config, plan):
         for name, value in ledger.add(row).items():
             total[name] = total.get(name, 0) + value
         steps |= {(ledger.stages[row["stage"]], tuple(kept)) for kept in row["kept_blocks"]}
@@ -753,13 +746,21 @@ def as_arrays(tensors):
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 @contextlib.contextmanager
-def in_processes(config, images, parts, workers, train_client=local_train):
-    """The `ask` that trains the clients of a round side by side, in worker processes.
+def reach_clients(config, dataset, train_client=local_train, parts=None):
+    """Yields the `ask` of --workers: it trains the clients of a round side by side, in processes.
 
     The answers equal those of in_turn() bit for bit, whatever the number of workers: every client
-    runs on one thread, and answers are yielded in the order asked. Arguments as for in_turn();
-    train_client must be a function of a module, or a functools.partial of one."""
-    images, parts = images.numpy(), [part.numpy() for part in parts]
+    runs on one thread, and answers are yielded in the order asked. train_client must be a function
+    of a module, or a functools.partial of one; parts: as for in_turn(), by default parts_of()."""
+    parts = parts or parts_of(config, dataset)
+    cores = torch.get_num_threads()  # that torch sees; OMP_NUM_THREADS limits them
+    automatic = cores if pick_device(config).type == "cpu" else 1
+    workers = min(config.workers or automatic, config.clients_per_round or config.clients)
+    if workers == 1:
+        yield in_turn(config, dataset.train_images, parts, train_client)
+        return
+
+    images, parts = dataset.train_images.numpy(), [part.numpy() for part in parts]
     make_ask = functools.partial(in_turn, config, images, parts, train_client)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, start_worker, [make_ask])
@@ -780,20 +781,6 @@ def in_processes(config, images, parts, workers, train_client=local_train):
     finally:
         pool.shutdown(cancel_futures=True)
 
-@contextlib.contextmanager
-def reach_clients(config, dataset, train_client=local_train):
-    """Yields the `ask` that --workers stands for: in_processes(), or in_turn() in this process."""
-    parts = parts_of(config, dataset)
-    workers = config.workers or 1
-    if not config.workers and pick_device(config).type == "cpu":
-        workers = torch.get_num_threads()  # as many as there are cores, or OMP_NUM_THREADS
-    workers = min(workers, config.clients_per_round or config.clients)
-    if workers == 1:
-        yield in_turn(config, dataset.train_images, parts, train_client)
-    else:
-        with in_processes(config, dataset.train_images, parts, workers, train_client) as ask:
-            yield ask
-
 # -- run folders
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
@@ -811,13 +798,13 @@ def read(path, advice="delete it and rerun the command"):
     with friendly_errors(f"{path} cannot be read", advice):
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu", weights_only=True)
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text()))  # a list is damage as well
 
 def load_state(folder, config, shape):
-    """The State to resume from; None before the first round."""
+    """The State to resume from; an empty one before the first round."""
     path, advice = folder / "checkpoint.pt", "choose another --out"
     if not path.exists():
-        return None
+        return State()
     saved = read(path, advice)
     with friendly_errors(f"{path} is no checkpoint of this run", advice):
         state = State(**saved)
@@ -830,21 +817,23 @@ def load_encoder(folder):
     if not (folder / "encoder.pt").exists():
         raise InputError(f"{folder} holds no finished run: rerun its command, or train with --out")
     saved, tensors = read(folder / "config.json"), read(folder / "encoder.pt")
-    reason, advice = "is damaged", "delete it and rerun the command"
-    if saved.get("experiment"):
-        reason, advice = f"was made by experiments.{saved['experiment']}", "load it there"
-    with friendly_errors(f"{folder}/encoder.pt {reason}", advice):
+    maker = saved.get("experiment")
+    reason = f"was made by experiments.{maker}" if maker else "is damaged"
+    with friendly_errors(f"{folder}/encoder.pt {reason}", "load it there" if maker else
+                         "delete it and rerun the command"):
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
-        server = broadcast(initial(config, saved["image_shape"]), ())  # for the head
-        server |= {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return encoder_of(config, server, saved["image_shape"])
+        shape = saved["image_shape"]
+        encoder = encoder_of(config, initial(config, shape), shape)
+        encoder.load_state_dict(tensors)
+        return encoder
 
 def identity(config, dataset, experiment):
     """What a run folder belongs to: settings, experiment, and the content of the images."""
-    elsewhere = ("data", "images", "device", "workers", "out", "cache")  # they change no result
+    elsewhere = ("data", "images", "workers", "out", "cache")  # they change no result
     settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
-    return settings | {"augment": recipe_name(config), "experiment": experiment,
-                       "image_shape": list(dataset.shape), "images_sha256": dataset.digest()}
+    return settings | {"augment": recipe_name(config), "device": pick_device(config).type,
+                       "experiment": experiment, "image_shape": list(dataset.shape),
+                       "images_sha256": dataset.digest()}
 
 def claim(folder, lock, mine):
     """Lock a run folder and mark it as that of identity `mine`; InputError if it is another's."""
@@ -885,8 +874,8 @@ def run_folder(config, dataset, experiment=""):
         yield folder, load_state(folder, config, dataset.shape)
 
 # -- the command itself
-def round_line(config, row, stage, costs, peak):
-    """What train() prints after a round."""
+def round_line(row, stage, costs, peak):
+    """What train() prints after a round; of blocks, those of the first three clients."""
     blocks = ["".join("A" if b in stage.active else "+" if b in kept else "."
                       for b in stage.present) for kept in row["kept_blocks"][:3]]
     answered = {answer["client"] for answer in row["answers"]}
@@ -901,15 +890,15 @@ def mean_loss(row):
     losses = [answer["loss"] for answer in row["answers"] if answer["valid"]]
     return sum(losses) / len(losses) if losses else math.nan
 
-def train(config, dataset, folder, state=None, train_client=local_train, ask=None, plan=stages,
+def train(config, dataset, folder, state, train_client=local_train, ask=None, plan=stages,
           on_round=None):
     """federate(), with a line and a checkpoint after each round, and the encoder at the end."""
     channels, height, width = dataset.shape
     print(f"\n{label(config)}; images of {height} x {width} pixels, channels: {channels}\n"
           "Blocks are A active, + frozen, . dropped; bytes and peak memory are one client's.\n"
           "stage  round    loss  down MB    up MB  peak MiB  seconds  blocks", flush=True)
-    ledger = Ledger(config, dataset.shape, plan)
-    for row in state.history if state else ():
+    ledger = Ledger(config, dataset.shape, plan(config, ()))
+    for row in state.history:
         ledger.add(row)
 
     def after(row, state):
@@ -919,7 +908,7 @@ def train(config, dataset, folder, state=None, train_client=local_train, ask=Non
         stage = ledger.stages[row["stage"]]
         peak = max(peak_memory(config, stage, dataset.shape, tuple(kept), train_client)
                    for kept in row["kept_blocks"])
-        print(round_line(config, row, stage, ledger.add(row), peak), flush=True)
+        print(round_line(row, stage, ledger.add(row), peak), flush=True)
 
     with contextlib.ExitStack() as stack:
         ask = ask or stack.enter_context(reach_clients(config, dataset, train_client))
@@ -931,7 +920,7 @@ def result(config, dataset, encoder, history, train_client=local_train, plan=sta
     """The row of a trained method: accuracies, a client's costs, and seconds of training."""
     accuracies = evaluate(encoder.to(pick_device(config)), dataset, recipe_name(config))
     seconds = sum(row["seconds"] for row in history)
-    costs = cost(config, dataset.shape, train_client, plan, history)
+    costs = cost(config, dataset.shape, train_client, plan(config, history))
     return accuracies | costs | {"seconds": seconds}
 
 def run(config):

@@ -435,7 +435,7 @@ def test_nan_on_every_client_stops_with_the_last_round_kept():
         upload = {n: t * factor for n, t in message.items() if stage.trains(n)}
         return upload, torch.tensor([factor])
 
-    state = fllw.State({}, [])
+    state = fllw.State()
     with pytest.raises(FloatingPointError, match="round 3.*--lr"):
         fllw.federate(SMALL, images(), state, train_client)
     assert len(state.history) == 2 and all(t.isfinite().all() for t in state.server.values())
@@ -459,10 +459,9 @@ def interrupts(config, stage, message, images, round_number, client, progress):
 
 def test_worker_processes_give_the_bits_of_one_process():
     config, d = replace(SMALL, rounds=3, alpha=0.5), images()
-    given = config, d.train_images, parts_of(config, d)
-    expected, history = fllw.federate(config, d, ask=fllw.in_turn(*given))
+    expected, history = fllw.federate(config, d)
     for workers in (1, 2, 3):
-        with fllw.in_processes(*given, workers, first_is_last) as ask:
+        with fllw.reach_clients(replace(config, workers=workers), d, first_is_last) as ask:
             encoder, again = fllw.federate(config, d, ask=ask)
         assert timeless(again) == timeless(history)  # so the answers came in the order asked
         assert same_tensors(encoder.state_dict(), expected.state_dict())
@@ -482,8 +481,7 @@ def ended(body, capsys):
 def test_a_killed_worker_or_ctrl_c_ends_the_command_and_leaves_no_process(train_client, expected,
                                                                           capsys):
     def body():
-        with fllw.in_processes(SMALL, images().train_images, parts_of(SMALL, images()), 2,
-                               train_client) as ask:
+        with fllw.reach_clients(replace(SMALL, workers=2), images(), train_client) as ask:
             fllw.federate(SMALL, images(), ask=ask)
 
     assert ended(body, capsys) == expected
@@ -566,7 +564,7 @@ def test_the_ledger_counts_the_content_handed_over(case, new_block, sending, mon
     ask = losing(fllw.in_turn(config, d.train_images, parts_of(config, d), client), lost)
     _, history = fllw.federate(config, d, ask=ask, plan=plan, on_round=on_round)
 
-    ledger, again = fllw.Ledger(config, SHAPE, plan), fllw.Ledger(config, SHAPE, plan)
+    ledger, again = [fllw.Ledger(config, SHAPE, plan(config, ())) for _ in range(2)]
     for row in json.loads(json.dumps(history)):  # a resumed run has read its rows
         paid, clients = ledger.add(row), client.rows[row["round"]]
         assert paid == again.add(row)  # a query does not change what it looks at
@@ -947,7 +945,7 @@ def test_a_round_line_says_who_kept_which_block_and_who_failed():
                {"client": 2, "loss": 7.0, "images": 9, "valid": False}]
     row = {"round": 5, "stage": 3, "clients": [0, 1, 2], "answers": answers, "seconds": 1.5,
            "kept_blocks": [[0, 1, 2], [2], [1, 2]]}
-    line = fllw.round_line(SMALL, row, Stage(3, (0, 1, 2), (2,), 1),
+    line = fllw.round_line(row, Stage(3, (0, 1, 2), (2,), 1),
                            {"download_bytes": 3e6, "upload_bytes": 4e3}, 5 * 2**20)
     assert line.split() == ("3 5 2.000 3.000 0.004 5.0 1.50 ++A ..A .+A "
                             "lost: client 1 rejected: client 2").split()

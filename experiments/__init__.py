@@ -11,6 +11,7 @@ import torch
 
 import fllw
 from data import InputError
+from ssl_loss import COLUMNS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,7 +81,7 @@ def save(name, command, rows):
     where = f"torch {torch.__version__}, {gpu}"
     fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
 
-def show(rows, name, experiment, columns=fllw.COLUMNS):
+def show(rows, name, experiment, columns=COLUMNS):
     """Print a table of rows as for fllw.table(); before that, keep it under a name, if one is given
     with --save: a terminal that cannot print must not lose it."""
     if name:

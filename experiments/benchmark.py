@@ -4,16 +4,17 @@
     python -m experiments.benchmark --workers-only      # seconds of the default command's training
 
 Images are random 3 x 32 x 32, whatever --data says, but for --workers-only. Steps: first, middle
-and last stage of every method, medians of turns taken one after the other. The bare loop is the
-clearest statement of a step.
+and last stage of every method, medians of turns taken one after the other.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.benchmark")
 
 import contextlib
+import subprocess
+import sys
 import time
-import unittest.mock
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,12 +41,11 @@ def bare_loop(config, stage, learner, views, steps):
 
 def clock(device, function, *arguments):
     """Seconds that a call takes on this device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     function(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - began
 
 def cases_of(config):
@@ -93,20 +93,24 @@ def memory_table(config, cases):
 
 def time_workers(config):
     """Rows: seconds that the default command's training takes, the start of its workers included.
-
-    "2 threads" is one process whose steps use two of torch's threads."""
+    "2 threads": one process whose steps use two of torch's threads."""
     config = replace(config, data="mnist5k", patch_size=7, rounds=24)
     dataset, rows = data.load("mnist5k"), {}
-    for name, workers in (("one process, 2 threads", 0), ("1 worker", 1), ("2 workers", 2)):
-        began = time.perf_counter()
-        if workers:
-            with fllw.reach_clients(replace(config, workers=workers), dataset) as ask:
-                fllw.federate(config, dataset, ask=ask)
-        else:
-            torch.set_num_threads(2)
-            with unittest.mock.patch.object(fllw, "one_thread", contextlib.nullcontext):
+    for name, workers, others in (("one process, 2 threads", 0, 0), ("1 worker", 1, 0),
+                                  ("2 workers", 2, 0), ("2 workers and 2 other processes", 2, 2)):
+        with contextlib.ExitStack() as stack:
+            for _ in range(others):
+                busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                stack.callback(busy.kill)
+            began = time.perf_counter()
+            if workers:
+                reach = fllw.reach_clients(replace(config, workers=workers), dataset)
+                fllw.federate(config, dataset, ask=stack.enter_context(reach))
+            else:
+                torch.set_num_threads(2)
+                stack.enter_context(mock.patch.object(fllw, "one_thread", contextlib.nullcontext))
                 fllw.federate(config, dataset)
-        rows[name] = {"seconds": time.perf_counter() - began}
+            rows[name] = {"seconds": time.perf_counter() - began}
     for row in rows.values():
         row["faster"] = rows["one process, 2 threads"]["seconds"] / row["seconds"]
     return rows
@@ -136,9 +140,8 @@ def main():
             "share": step / seconds[0, 0], "predicted": mac / work[0]}
     columns = {"step": ("s/step", 1, 4), "tflops": ("TFLOP/s", 1, 2), "bare": ("step/bare", 1, 2),
                "share": ("of end-to-end", 1, 2), "predicted": ("predicted", 1, 2)}
-    where = f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+    where = (torch.cuda.get_device_name(device) if device.type == "cuda"
+             else f"{torch.get_num_threads()} CPU threads")
     print(f"{config.batch_size} images a step, width {config.dim}, {config.depth} blocks, on "
           f"{where}\n\n{memory_table(config, cases)}")
     show(rows, name, "benchmark", columns)

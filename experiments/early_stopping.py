@@ -22,7 +22,7 @@ from torch import nn
 import data
 import fllw
 from experiments import add, once, settings, show
-from ssl_loss import nt_xent
+from ssl_loss import COLUMNS, nt_xent
 
 HELD_OUT = 200  # what its draws are for
 CASES = {"all rounds": {"patience": 0}, "early": {"tuned": False}, "early tuned": {},
@@ -143,7 +143,7 @@ def main(arguments=None):
                 one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])
             folder = f"{config.out}/{encoder}-{case.replace(' ', '-')}-{seed}"
             add(rows, f"{encoder} {case}", run(replace(one, seed=seed, out=folder), dataset))
-    show(rows, flags["save"], "early_stopping", {"rounds": ("rounds", 1, 1), **fllw.COLUMNS})
+    show(rows, flags["save"], "early_stopping", {"rounds": ("rounds", 1, 1), **COLUMNS})
 
 if __name__ == "__main__":
     fllw.command(main)

@@ -21,7 +21,7 @@ import data
 import fllw
 from data import InputError
 from experiments import add, once, settings, show
-from ssl_loss import ProjectionHead, features
+from ssl_loss import COLUMNS, ProjectionHead, features
 
 LACKS = {2: "second", 3: "first"}  # client mod 4 -> the sensor that it does not have
 
@@ -114,7 +114,6 @@ def retrieval(config, server, dataset):
 def run(config, dataset):
     """The columns of a row with one seed."""
     def work(folder, state):
-        state = state or fllw.State({}, [])  # retrieval() needs the server's heads
         encoder, history = fllw.train(config, dataset, folder, state, two_sensor_train)
         columns = fllw.result(config, dataset, encoder, history, two_sensor_train)
         return columns | retrieval(config, state.server, dataset)
@@ -136,7 +135,7 @@ def main(arguments=None):
             folder = f"{config.out}/{row}-seed{seed}"
             one = replace(config, method=method, depth=depth, seed=seed, out=folder)
             add(rows, row, run(one, dataset))
-    columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **fllw.COLUMNS}
+    columns = {"top1": ("top-1 %", 1, 1), "top5": ("top-5 %", 1, 1), **COLUMNS}
     show(rows, flags["save"], "multimodal", columns)
 
 if __name__ == "__main__":

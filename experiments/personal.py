@@ -136,8 +136,7 @@ def main(arguments=None):
         one = replace(config, seed=seed, method="e2e", classes=dataset.classes)
         training, held = divide(one, dataset.train_labels)
         client = partial(train_client, [dataset.train_labels[part].numpy() for part in training])
-        pool = partial(fllw.in_processes, images=dataset.train_images, parts=training,
-                       workers=config.workers or torch.get_num_threads())
+        pool = partial(fllw.reach_clients, dataset=dataset, parts=training)
         with pool(replace(one, **PRETRAINING)) as pretrain, pool(one, train_client=client) as ask:
             for start, method in STARTS.items():
                 work = partial(rows_of, one, dataset, held, pretrain, ask, method)

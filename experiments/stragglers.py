@@ -21,7 +21,7 @@ from dataclasses import replace
 import data
 import fllw
 from experiments import add, once, settings, show
-from ssl_loss import features, knn
+from ssl_loss import COLUMNS, features, knn
 
 SPEEDS, RATIO = 300, 16  # what its draws are for; the fastest device's speed by the slowest's
 SLOWEST = 3.5e7          # multiply-accumulates a second: 16 s for all blocks by default
@@ -33,7 +33,7 @@ ROWS = {  # name: (changes of the settings, which are end to end; what becomes o
     "FLL + FDD, dropping": ({"method": "fll", "depth_dropout": 0.25}, "drop"),
     "one block, dropping": ({"depth": 1}, "drop")}
 COLUMNS = {"rounds": ("rounds", 1, 0), "simulated_seconds": ("simulated s", 1, 0),
-           "counted": ("counted %", 1, 0), **fllw.COLUMNS}
+           "counted": ("counted %", 1, 0), **COLUMNS}
 
 def nearest(encoder, dataset):
     """Accuracies in % by k-NN alone: probes would take as long as the training."""

@@ -1,5 +1,4 @@
 """Tests of personal.py against plain loops and other routes to the same numbers."""
-import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -67,7 +66,7 @@ def test_shared_layers_come_from_the_server_and_personal_ones_stay():
         before, trained = after, later
 
 def test_no_personal_layer_is_fedavg_and_all_of_them_are_local_training():
-    (_, first, state), plain = rounds_until(2), fllw.State({}, [])
+    (_, first, state), plain = rounds_until(2), fllw.State()
     fllw.federate(CLIENTS, DATASET, plain, ask=ASK)
     assert same(rounds_until(4, state, (), first)[2].server, plain.server)
     _, last, _ = rounds_until(4, state, LAYERS, first)
@@ -108,15 +107,11 @@ def test_held_back_images_have_the_label_mix_and_weigh_alike():
     assert columns["after"] == pytest.approx(100 * right / sum(map(len, HELD)))
 
 def test_the_command_saves_and_reads_back(tmp_path, monkeypatch):
-    @contextlib.contextmanager
-    def here(config, images, parts, workers, train_client=fllw.local_train):
-        yield fllw.in_turn(config, images, parts, train_client)
-    monkeypatch.setattr(fllw, "in_processes", here)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(personal, "STARTS", {"FLL": "fll"})
     monkeypatch.setitem(personal.PRETRAINING, "rounds", 2)
-    flags = ("--images 80 --clients 5 --dim 8 --depth 2 --heads 2 --rounds 4 --seeds 0 --split "
-             f"two-classes --out {tmp_path}/run --save").split()
+    flags = ("--images 80 --clients 5 --dim 8 --depth 2 --heads 2 --rounds 4 --seeds 0 --workers 1 "
+             f"--split two-classes --out {tmp_path}/run --save").split()
     personal.main([*flags, "first"])
     monkeypatch.setattr(fllw, "federate", None)  # not called again
     personal.main([*flags, "second"])

@@ -45,7 +45,7 @@ def test_p_is_how_often_nobody_reaches_a_layer():
 def test_each_rule_by_hand(rule, low, monkeypatch):
     """Client 0 (1 image) trains all three blocks; client 1 (3 images) the last one, or is lost."""
     config, last = replace(E2E, clients=2, rounds=1), 1 if rule == "drop" else (1 * 1 + 3 * 2) / 4
-    devices, state = Devices(config, DATASET, 1, rule), fllw.State({}, [])
+    devices, state = Devices(config, DATASET, 1, rule), fllw.State()
     monkeypatch.setattr(devices, "finished", lambda *asked: ({0: 3, 1: int(rule != "drop")}, 1.0))
     fllw.federate(config, DATASET, state, ask=partial(devices.ask, partial(shifted, [1, 3])))
     for name, t in fllw.initial(config, DATASET.shape).items():
@@ -53,7 +53,7 @@ def test_each_rule_by_hand(rule, low, monkeypatch):
         torch.testing.assert_close(state.server[name], t + (last if top else low))
 
 def test_a_straggler_sends_its_last_layers_and_a_run_resumes():
-    seen, states = set(), [fllw.State({}, []), fllw.State({}, [])]
+    seen, states = set(), [fllw.State(), fllw.State()]
     for state, rounds in ((states[0], 4), (states[1], 2), (states[1], 4)):
         devices = Devices(E2E, DATASET, ALL / 4, "salf", redraw=True)
         with fllw.reach_clients(E2E, DATASET) as reach:
