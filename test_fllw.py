@@ -429,6 +429,17 @@ def test_a_bad_upload_is_rejected_as_a_whole_and_the_round_goes_on(case):
     assert all(torch.allclose(servers[0][name], torch.ones(()))
                for name in names_that_train(servers[0], (2,)))
 
+@pytest.mark.parametrize("count", [0, -3, math.nan, math.inf])
+def test_an_answer_without_a_count_of_images_is_rejected(count):
+    reach = fllw.in_turn(SMALL, images().train_images, parts_of(SMALL, images()), constant())
+
+    def ask(*call):
+        for client, answer in reach(*call):
+            yield client, answer._replace(images=count) if client == 1 else answer
+
+    history = fllw.federate(SMALL, images(), ask=ask)[1]
+    assert [answer["valid"] for answer in history[0]["answers"]] == [True, False, True]
+
 def test_nan_on_every_client_stops_with_the_last_round_kept():
     def train_client(config, stage, message, images, round_number, client, progress):
         factor = math.nan if round_number == 3 else 1.0
@@ -1006,6 +1017,10 @@ def test_a_finished_run_gets_its_encoder_back(npz, finished, unfinished, capsys)
     assert "is finished" not in capsys.readouterr().out
     ours, theirs = fllw.load_encoder(unfinished), fllw.load_encoder(finished[0])
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    incomplete = {name: t for name, t in ours.state_dict().items() if "blocks.1" not in name}
+    torch.save(incomplete, unfinished / "encoder.pt")
+    with pytest.raises(InputError, match="is damaged"):
+        fllw.load_encoder(unfinished)
 
 def test_damaged_files_are_one_sentence_or_do_no_harm(npz, finished, unfinished, tmp_path):
     """Every kind of file that is read, forty times with random damage."""
