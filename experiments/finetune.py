@@ -102,15 +102,15 @@ def tune(key, row, dataset, out, depth, epochs, counts, draws):
     mild = MILD["digits" if fllw.recipe_name(row) == "digits" else "natural"]
     columns = {}
     for count in counts:
-        accuracies = []
+        accuracies, batch = [], 32 if count else 256  # few labels in large batches: too few steps
         for draw in range(draws if count else 1):
-            name = f"{count or 'all'} labels a class, {epochs} epochs, draw {draw}"
+            name = f"{count or 'all'} labels a class, {epochs} epochs of {batch}, draw {draw}"
             if name not in saved:
                 encoder = encoder_of(key, row, dataset, depth).to(device)
                 draws_of = fllw.generator(row, device, TUNING, draw)
                 with fllw.one_thread():
                     saved[name] = finetune(encoder, dataset, mild, draws_of, epochs,
-                                           labels_per_class=count, amp=row.amp)
+                                           batch_size=batch, labels_per_class=count, amp=row.amp)
                 fllw.write(path, saved)
             accuracies.append(saved[name])
         columns[f"finetuned_{count}"] = sum(accuracies) / len(accuracies)
@@ -123,8 +123,7 @@ def main():
     parser.add_argument("--draws", type=int, default=5, help="of few labels, for each seed")
     keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
     config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
-    epochs, counts = flags["more"]["epochs"], flags["more"]["labels"]
-    draws = flags["more"]["draws"]
+    epochs, counts, draws = (flags["more"][name] for name in ("epochs", "labels", "draws"))
     if min(epochs, draws) < 1 or min(counts) < 0:
         raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
     dataset = data.load(config.data, config.cache, config.images)

@@ -108,7 +108,7 @@ def report(config, out, epochs):
             row = json.loads((out / run / "summary.json").read_text())
         if key not in ("raw", "random"):
             tuned = json.loads((out / f"{run}-finetuned.json").read_text())
-            row["finetuned"] = tuned[f"all labels a class, {epochs} epochs, draw 0"]
+            row["finetuned"] = tuned[f"all labels a class, {epochs} epochs of 256, draw 0"]
         name = compare.name_of(key, variants[key], config) if key in variants else key
         rows[{"scratch": "from scratch", **compare.BASELINES}.get(key, name)] = row
     return rows
