@@ -89,9 +89,11 @@ class Config:
         return Learner(self, image_shape)
 
     def macs(self, stage, kept, image_shape):
+        """Multiply-accumulates for one image in a local epoch."""
         return count_macs(self, stage, kept, image_shape)
 
-INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)  # what a draw is for; 0 is data.partition()
+# What a draw is for: the second number of its seed. data.partition() has 0.
+INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)
 
 def rng(config, *key):
     """A numpy generator for (seed, *key) alone; key: for instance (purpose, round, client)."""
@@ -181,6 +183,7 @@ class Learner(nn.Module):
 
 def initial(config, shape, device="cpu"):
     """State dict of a fresh learner, all its blocks; on device "meta", shapes without data."""
+    # Modules draw from torch's own generator: seed it, and leave it afterwards as it was.
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
         return config.learner(tuple(shape)).state_dict()
@@ -191,6 +194,12 @@ def block_of(name):
     found = re.search(r"\bblocks\.(\d+)\.", name)
     return int(found[1]) if found else None
 
+@functools.lru_cache(maxsize=8)
+def blank_learner(config, shape):
+    """A learner whose tensors have shapes but no data: PyTorch's device "meta"."""
+    with torch.device("meta"):
+        return config.learner(shape)
+
 def assemble(config, tensors, shape, trains=lambda name: True):
     """The learner that has clones of these tensors, as a client makes it from what it receives.
 
@@ -199,19 +208,21 @@ def assemble(config, tensors, shape, trains=lambda name: True):
     model of any depth runs through the same lower() and upper()."""
     absent = set(range(config.depth)) - {block_of(name) for name in tensors}
 
-    def fill(module, prefix):  # as load_state_dict() does, in a third of its time
+    # This does what load_state_dict() does, in a third of its time, which counts where clients are
+    # small. All but parameters and children is shared with the blank learner: it has no buffers.
+    def fill(blank, prefix):
         if block_of(prefix) in absent:
             return nn.Identity()
-        parameters, children = dict(module._parameters), {}
-        for name, form in parameters.items():
-            if form is not None:
-                whole = prefix + name
-                parameters[name] = nn.Parameter(tensors[whole].clone(), trains(whole))
-        for name, child in module._modules.items():
+        parameters, children = dict(blank._parameters), {}
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                full_name = prefix + name
+                parameters[name] = nn.Parameter(tensors[full_name].clone(), trains(full_name))
+        for name, child in blank._modules.items():
             children[name] = fill(child, f"{prefix}{name}.")
-        twin = object.__new__(type(module))
-        twin.__dict__ = module.__dict__ | {"_parameters": parameters, "_modules": children}
-        return twin
+        module = object.__new__(type(blank))
+        module.__dict__ = blank.__dict__ | {"_parameters": parameters, "_modules": children}
+        return module
 
     return fill(blank_learner(config, tuple(shape)), "")
 
@@ -237,11 +248,12 @@ class Stage:
         return tuple(b for b in self.present if b not in self.active)
 
     def trains(self, name):
-        """Whether a learner's tensor of this name trains; the embedding does with block 0."""
-        if block_of(name) is not None:
-            return block_of(name) in self.active
+        """Whether a learner's tensor of this name trains."""
+        block = block_of(name)
         embeds = any(part in name for part in ("patch_embed", "pos_embed", "cls_token"))
-        return not embeds or 0 in self.active  # the final norm and the head always train
+        if embeds:
+            block = 0  # the embedding trains with block 0
+        return block is None or block in self.active  # the final norm and the head always train
 
 def stages(config, history=()):
     """The plan of a run, all its stages: the one place where the methods differ.
@@ -318,8 +330,8 @@ def local_step(config, learner, stage, views, criterion=contrastive_loss):
         with torch.set_grad_enabled(first == 0):  # the embedding trains with block 0
             tokens = learner.encoder.lower(views, first)  # frozen: no graph, nothing is stored
         z = learner.head(learner.encoder.upper(tokens, first))  # with a graph; [2B, head_dim]
-    loss = criterion(config, z, [tokens if first else views])  # NT-Xent needs z alone
-    del z  # the graph holds what backward needs of it
+    loss = criterion(config, z, [tokens if first else views])  # a list, as of micro-batches
+    del z  # it is freed before the backward pass, whose graph holds what is needed of it
     loss.backward()
     return loss.detach()
 
@@ -353,19 +365,10 @@ def local_train(config, stage, message, images, round_number, client, progress=0
 class State:
     """All there is between two rounds."""
     server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: blocks so far, head
-    history: list = field(default_factory=list)  # a row for every round done: see ROW
+    history: list = field(default_factory=list)  # a row for every round done, made in federate()
 
-ROW = {  # what happened in a round; what follows from it, such as bytes, is for the Ledger
-    "round": "counted from 1",
-    "stage": "counted from 1",
-    "clients": "who was sampled, in the order asked",
-    "kept_blocks": "the blocks that each of them was sent; the others were dropped",
-    "answers": "of each that answered: client; loss, mean over its local steps, nats; images; "
-               "valid: false if its upload was rejected; missing: what it trained but did not send",
-    "changed": "names of tensors that on_round changed on the server",
-    "seconds": "of wall-clock time"}
-
-Answer = namedtuple("Answer", "upload loss images")  # {name: tensor}; nats; how many the client has
+# What a client answers: {name: tensor}; mean loss of its local steps, in nats; how many it has.
+Answer = namedtuple("Answer", "upload loss images")
 
 def grow(config, server, stage, shape, device="cpu"):
     """Add the stage's new blocks to the dict `server`, in place; if none is new, do nothing.
@@ -377,9 +380,11 @@ def grow(config, server, stage, shape, device="cpu"):
         server |= broadcast(initial(config, shape, device), stage.present)
     there = {block_of(name) for name in server} - {None}
     for b in sorted(set(stage.present) - there):
-        source, origin = server, max((o for o in there if o < b), default=min(there))
+        source = server
+        origin = max((o for o in there if o < b), default=min(there))
         if config.new_block == "fresh":
-            source, origin = initial(config, shape, device), b
+            source = initial(config, shape, device)
+            origin = b
         for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
             if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
                 tensor = torch.zeros_like(tensor)
@@ -412,13 +417,15 @@ class Average:
 #   plan(config, history) lists the stages; the history may change their rounds, nothing else.
 #   ask(stage, round_number, progress, messages) reaches the clients. messages: an iterator of pairs
 #       (client, message). It yields pairs (client, Answer) in that order; who is left out was lost.
-#   on_round(row, state) is called after every round. It may change the server's tensors, and then
+#   on_round(row, state) is called after every round. It may put others in place of the server's
+#       tensors (never change one in place: a copied block shares it with the block below), and then
 #       writes their names into row["changed"].
 def in_turn(config, images, parts, train_client=local_train):
     """The default `ask` of federate(): the clients of this process, one after the other.
 
     images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
-    data.partition(); both tensors or arrays; train_client: like local_train."""
+    data.partition(); both tensors or arrays; train_client: like local_train, which leaves the
+    tensors of a message as they are."""
     images = torch.as_tensor(images, device=pick_device(config))
 
     def ask(stage, round_number, progress, messages):
@@ -435,7 +442,8 @@ def in_turn(config, images, parts, train_client=local_train):
 def federate(config, dataset, state=None, train_client=local_train, ask=None, plan=stages,
              on_round=None):
     """Train by federated rounds; returns (encoder, history). config: one that passed validate();
-    state: a State to resume from; train_client: like local_train, for the default ask."""
+    state: a State to resume from, changed in place; train_client: like local_train, for the default
+    ask."""
     if ask is None:
         ask = in_turn(config, dataset.train_images, parts_of(config, dataset), train_client)
     state = state or State()
@@ -465,9 +473,12 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
         stop_if_diverged(round_number, answers)
         state.server |= average.mean()
 
-        row = {"round": round_number, "stage": stage.number, "clients": list(kept),
-               "kept_blocks": [list(blocks) for blocks in kept.values()], "answers": answers,
-               "changed": [], "seconds": time.perf_counter() - began}
+        row = {"round": round_number, "stage": stage.number,  # counted from 1
+               "clients": list(kept),  # who was sampled, and below what each of them was sent
+               "kept_blocks": [list(blocks) for blocks in kept.values()],
+               "answers": answers,     # of those who answered; "missing": trained, but not sent
+               "changed": [],          # on_round notes here which tensors it has replaced
+               "seconds": time.perf_counter() - began}
         state.history.append(row)
         if on_round:
             on_round(row, state)
@@ -486,12 +497,6 @@ def pick_device(config):
 def parts_of(config, dataset):
     """Which training images each client has: a list of index tensors, one a client."""
     return data.partition(dataset.train_labels, config.clients, config.alpha, config.seed)
-
-@functools.lru_cache(maxsize=8)
-def blank_learner(config, shape):
-    """A learner whose tensors have shapes but no data: PyTorch's device "meta"."""
-    with torch.device("meta"):
-        return config.learner(shape)
 
 def is_valid(upload, expected):
     """Whether an upload holds only tensors that were expected, in their shapes, all finite."""
@@ -528,7 +533,8 @@ def count_macs(config, stage, kept, image_shape):
     views; linear layers and attention products; forward 1x, and backward 2x for what trains.
 
     Micro-batches run what trains, except the head, forward twice. A frozen block above an active
-    one passes the gradient of the activations on: 2x for its products, 1x for its layers."""
+    one passes gradients on: backward 2x for attention products, 1x for linear layers, whose weights
+    need no gradient."""
     channels, height, width = image_shape
     D, patches = config.dim, height * width // config.patch_size**2
     T, first = patches + 1, min(stage.active)
@@ -727,7 +733,7 @@ def label(config):
 
 # -- worker processes
 def start_worker(make_ask):
-    """Runs once in every worker process; work() then finds what it needs in work.ask."""
+    """Runs once in every worker process, and keeps its `ask` where work() finds it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     parent = multiprocessing.parent_process()  # if it dies, so does this worker
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -847,7 +853,7 @@ def claim(folder, lock, mine):
         if [path for path in folder.iterdir() if path.suffix != ".tmp"]:
             raise InputError(f"{folder} holds other files: choose another --out")
         write(owner, mine)
-    saved = read(owner, "choose another --out")
+    saved = read(owner, "choose another --out")  # as JSON gives it back, also what was just written
     for name in mine:
         if saved.get(name, "nothing") != mine[name]:
             raise InputError(f"{folder} belongs to a run with {name} {saved.get(name)}, not "
@@ -858,8 +864,9 @@ def run_folder(config, dataset, experiment=""):
     """Open a run's folder for this process alone: yields (folder, State to resume from).
 
     A folder of other settings, images or experiments is refused, and nothing is touched."""
-    initial(config, dataset.shape, "meta")  # raises if the patches do not fit
-    if len(dataset.train_labels):  # a server may have none; raises if there are too few
+    # Settings that do not fit the images are refused before anything is touched.
+    initial(config, dataset.shape, "meta")
+    if len(dataset.train_labels):  # a server may have none
         parts_of(config, dataset)
     slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
     folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
