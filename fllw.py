@@ -227,11 +227,7 @@ def assemble(config, tensors, shape, trains=lambda name: True):
     return fill(blank_learner(config, tuple(shape)), "")
 
 def encoder_of(config, server, shape):
-    """The encoder among the server's tensors: evaluation and deployment use every block.
-
-    ValueError if a tensor is not one of this model."""
-    if not is_valid(server, initial(config, shape, "meta")):
-        raise ValueError("these tensors do not belong to this model")
+    """The encoder among the server's tensors: evaluation and deployment use every block."""
     return assemble(config, server, shape).encoder.eval().requires_grad_(False)
 
 # ------------------------------------------------------------------ stages and depth dropout
@@ -814,7 +810,9 @@ def load_state(folder, config, shape):
     saved = read(path, advice)
     with friendly_errors(f"{path} is no checkpoint of this run", advice):
         state = State(**saved)
-        encoder_of(config, state.server, shape)
+        if not is_valid(state.server, initial(config, shape, "meta")):
+            raise ValueError("a tensor is not one of this model")
+        assemble(config, state.server, shape)  # raises if one is missing
         return state
 
 def load_encoder(folder):
@@ -825,12 +823,12 @@ def load_encoder(folder):
     saved, tensors = read(folder / "config.json"), read(folder / "encoder.pt")
     maker = saved.get("experiment")
     reason = f"was made by experiments.{maker}" if maker else "is damaged"
-    with friendly_errors(f"{folder}/encoder.pt {reason}", "load it there" if maker else
-                         "delete it and rerun the command"):
+    advice = "load it there" if maker else "delete it and rerun the command"
+    with friendly_errors(f"{folder}/encoder.pt {reason}", advice):
         config = Config(**{f.name: saved.get(f.name, f.default) for f in fields(Config)})
         shape = saved["image_shape"]
         encoder = encoder_of(config, initial(config, shape), shape)
-        encoder.load_state_dict(tensors)
+        encoder.load_state_dict(tensors)  # raises unless they are all of its tensors
         return encoder
 
 def identity(config, dataset, experiment):

@@ -988,6 +988,10 @@ def test_a_folder_belongs_to_its_settings_and_the_content_of_its_images(npz, fin
     assert "finished" in run_here(capsys, "--data", same, *TINY, "--out", folder)
     other = save_npz(tmp_path / npz.name, images(seed=1))
     assert "images" in refused(folder.parent, "--data", other, *TINY, out="run")
+    with pytest.MonkeyPatch.context() as patch:  # draws on a GPU are not those on a CPU
+        patch.setattr(fllw, "pick_device", lambda config: torch.device("cuda"))
+        with pytest.raises(InputError, match="belongs to a run with device cpu, not cuda"):
+            opened(npz, folder)
 
 def test_a_folder_notes_its_experiment(tmp_path):
     config, d = replace(SMALL, out=str(tmp_path / "run")), images()
