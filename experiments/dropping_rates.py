@@ -2,12 +2,13 @@
 
     python -m experiments.dropping_rates --rounds 48 --depth-dropout 0.5
 
-On average over a run, every rule drops as many blocks as *uniform*, plain depth dropout, so all cost
-the same compute. *Rising*: a block's rate is in proportion to its number, the linear rule of Huang
-et al. 2016 (arXiv 1603.09382). *Falling*: the other way round. *Early*: a higher rate, but nothing is
-dropped in the last quarter of a stage. *Uniform, scaled*: in evaluation, a frozen block adds its part
-times the chance that it was kept, as Huang et al. do. A rule is an `ask` function: it takes blocks
-out of the messages. A quarter of the training images is held out to judge by; no test image is used.
+On average over a run, every rule drops as many blocks as *uniform*, plain depth dropout, so all
+cost the same compute. *Rising*: a block's rate is in proportion to its number, the linear rule of
+Huang et al. 2016 (arXiv 1603.09382). *Falling*: the other way round. *Early*: a higher rate, but
+nothing is dropped in the last quarter of a stage. *Uniform, scaled*: in evaluation, a frozen block
+adds its part times the chance that it was kept, as Huang et al. do. A rule is an `ask` function: it
+takes blocks out of the messages. A quarter of the training images is held out to judge by; no test
+image is used.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.dropping_rates")

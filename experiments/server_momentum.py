@@ -6,7 +6,7 @@ FedAvg puts the mean of the clients in place of the model. With momentum (Hsu et
 1909.06335) the server takes the change that the mean brought as a gradient, and takes a step of its
 own; FedAdam (Reddi et al. 2021, 2003.00295) takes one of Adam. Clients do the same, and no byte is
 added: it is an on_round function. Rows are those of experiments.compare, with its flags. A quarter
-of the training images is held out and judges; no test image is looked at.
+of the training images is held out to judge by; no test image is used.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.server_momentum")
@@ -26,7 +26,7 @@ def momentum(beta, change, moments):
     return step, step
 
 def fedadam(rate, change, moments):
-    """Returns (step, moments), as in algorithm 2 of the paper, with its 0.9, 0.99 and tau = 0.001."""
+    """Returns (step, moments), as in the paper's algorithm 2, with its 0.9, 0.99 and 0.001."""
     first, second = moments or (0, 0)
     first, second = 0.9 * first + 0.1 * change, 0.99 * second + 0.01 * change.square()
     return rate * first / (second.sqrt() + 1e-3), (first, second)

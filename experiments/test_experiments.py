@@ -411,7 +411,7 @@ compare --save=                            : must be letters
 finetune --labels 5 -1                     : --labels 0 or more
 stragglers --deadlines 4 nan               : --deadlines must be above 0 seconds
 personal --alpha 0.1                       : leave it out
-dropping_rates --depth 4 --rounds 4 --depth-dropout 0.9 : --depth-dropout 0.9 is too high: rising would
+dropping_rates --depth 4 --rounds 4 --depth-dropout 0.9 : --depth-dropout 0.9 is too high: rising
 dropping_rates --depth 1                   : --depth must be 2 or more
 server_momentum --seed 1                   : differs from row to row
 """
