@@ -70,6 +70,8 @@ class Config:
     clients: int = knob(2, "number of clients N", low=1, group="federation")
     clients_per_round: int = knob(0, "clients sampled each round; 0: all", low=0)
     alpha: float = knob(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
+    server_momentum: float = knob(0.0, "share of its last step that the server repeats; 0: none",
+                                  low=0, high=0.99)
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
@@ -362,6 +364,7 @@ class State:
     """All there is between two rounds."""
     server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: blocks so far, head
     history: list = field(default_factory=list)  # a row for every round done, made in federate()
+    steps: dict = field(default_factory=dict)    # name -> the last step, with server momentum
 
 # What a client answers: {name: tensor}; mean loss of its local steps, in nats; how many it has.
 Answer = namedtuple("Answer", "upload loss images")
@@ -408,6 +411,16 @@ class Average:
 
     def mean(self):
         return {name: (total / self.images[name]).float() for name, total in self.sums.items()}
+
+def server_step(config, state, mean):
+    """Put the clients' mean in place of the server's tensors. With server momentum (FedAvgM, Hsu et
+    al. 2019, arXiv 1909.06335) a step is what the mean changes, and a share of the step before."""
+    if config.server_momentum:
+        state.steps = {name: tensor - state.server[name]
+                       + config.server_momentum * state.steps.get(name, 0)
+                       for name, tensor in mean.items()}
+        mean = {name: state.server[name] + step for name, step in state.steps.items()}
+    state.server |= mean
 
 # federate() below takes three functions, so that an experiment can bring its own:
 #   plan(config, history) lists the stages; the history may change their rounds, nothing else.
@@ -467,7 +480,7 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
             answers.append({"client": client, "loss": answer.loss, "images": answer.images,
                             "valid": valid, "missing": sorted(expected.keys() - answer.upload)})
         stop_if_diverged(round_number, answers)
-        state.server |= average.mean()
+        server_step(config, state, average.mean())
 
         row = {"round": round_number, "stage": stage.number,  # counted from 1
                "clients": list(kept),  # who was sampled, and below what each of them was sent
@@ -625,7 +638,8 @@ def peak_memory(config, stage, shape, kept=None, train_client=local_train):
     below = len([b for b in kept if b < first])  # frozen blocks are alike: only how many matters
     kept = (*range(below), *(b for b in kept if b >= first))
     # Settings that do not change the memory get one value, so that metered_step()'s cache is hit.
-    canonical = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="")
+    canonical = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="",
+                        server_momentum=0.0)
     stage = replace(stage, number=1, rounds=1, present=kept)
     return metered_step(canonical, stage, tuple(shape), train_client).peak
 
@@ -725,6 +739,8 @@ def label(config):
         name += f" by {config.blocks_per_stage} blocks"
     if config.depth_dropout and "depth_dropout" not in without_effect(config):
         name += f" + FDD {config.depth_dropout:g}"
+    if config.server_momentum:
+        name += f" + momentum {config.server_momentum:g}"
     return name
 
 # -- worker processes
@@ -810,7 +826,8 @@ def load_state(folder, config, shape):
     saved = read(path, advice)
     with friendly_errors(f"{path} is no checkpoint of this run", advice):
         state = State(**saved)
-        if not is_valid(state.server, initial(config, shape, "meta")):
+        form = initial(config, shape, "meta")
+        if not (is_valid(state.server, form) and is_valid(state.steps, form)):
             raise ValueError("a tensor is not one of this model")
         assemble(config, state.server, shape)  # raises if one is missing
         return state

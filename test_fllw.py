@@ -330,7 +330,7 @@ def bare_loop(config, dataset, lost=()):
     """The method in plain loops over whole models, with none of the federated machinery."""
     server = fllw.Learner(config, dataset.shape)
     server.load_state_dict(fllw.initial(config, dataset.shape))
-    blocks, number, there = server.encoder.blocks, 0, []
+    blocks, number, there, steps = server.encoder.blocks, 0, [], {}
     plan = bare_plan(config)
     for (present, active), rounds in zip(plan, np.array_split(range(config.rounds), len(plan))):
         for b in present:
@@ -341,7 +341,11 @@ def bare_loop(config, dataset, lost=()):
             number += 1
             mean = bare_round(config, server, present, active, number, (done, len(rounds)),
                               dataset, parts_of(config, dataset), lost)
-            server.load_state_dict(server.state_dict() | mean)
+            now, beta = server.state_dict(), config.server_momentum
+            if beta:
+                steps = {n: mean[n] - now[n] + beta * steps.get(n, 0) for n in mean}
+                mean = {n: now[n] + steps[n] for n in mean}
+            server.load_state_dict(now | mean)
     return server.encoder
 
 def losing(ask, lost):
@@ -353,7 +357,7 @@ def losing(ask, lost):
     return ask_and_lose
 
 BARE = {"fll": dict(alpha=0.5), "e2e": dict(alpha=0.5, rounds=3), "progressive": dict(rounds=5),
-        "lasting": dict(alpha=0.5, depth=4),
+        "lasting": dict(alpha=0.5, depth=4), "momentum": dict(server_momentum=0.6, rounds=7),
         "sampled": dict(clients=6, clients_per_round=2, alpha=1.0, local_epochs=2, rounds=5),
         "one client": dict(method="e2e", clients=1, rounds=3, local_epochs=2)}
 
@@ -369,14 +373,12 @@ def test_federate_equals_a_bare_loop(case, lost):
     for name, p in encoder.named_parameters():
         assert torch.allclose(p, expected[name], atol=1e-6), name
 
-def test_training_resumes_from_any_round_to_the_same_bits():
-    config, d, states = replace(SMALL, rounds=7), images(), []
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_resumes_from_any_round_to_the_same_bits(momentum):
+    config, d, states = replace(SMALL, rounds=7, server_momentum=momentum), images(), []
 
-    def on_round(row, state):  # a copy by way of JSON, as in a run folder: nothing is shared
-        server = {name: t.clone() for name, t in state.server.items()}
-        states.append(fllw.State(server, json.loads(json.dumps(state.history))))
-
-    encoder, history = fllw.federate(config, d, on_round=on_round)
+    encoder, history = fllw.federate(
+        config, d, on_round=lambda row, state: states.append(copy.deepcopy(state)))
     assert len(states) == 7
     for state in states:
         again, longer = fllw.federate(config, d, state)
@@ -962,9 +964,9 @@ def test_a_round_line_says_who_kept_which_block_and_who_failed():
                             "lost: client 1 rejected: client 2").split()
 
 def test_a_run_killed_while_it_trains_resumes_to_the_same_bits(npz, tmp_path, capsys, fast):
-    arguments = ["--data", str(npz), *TINY, "--rounds", "24"]
+    arguments = ["--data", npz, *TINY, "--rounds", 24, "--server-momentum", 0.5]
     folder = tmp_path / "killed"
-    command = [sys.executable, HERE / "fllw.py", *arguments, "--out", folder]
+    command = [sys.executable, HERE / "fllw.py", *map(str, arguments), "--out", folder]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (folder / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.05)

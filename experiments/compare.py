@@ -107,8 +107,9 @@ def name_of(key, row, config):
     if key in BASELINES:
         return BASELINES[key]
     name = fllw.label(row)
-    if row.depth != config.depth:
-        name = f"{'one block' if row.depth == 1 else 'two blocks'} end to end"
+    if row.depth != config.depth:  # a smaller model, always trained end to end
+        small = "one block" if row.depth == 1 else "two blocks"
+        name = name.replace("end-to-end", f"{small} end to end")
     for setting, words in (("lr", "rate {:g}"), ("micro_batch", "micro-batches of {}")):
         if getattr(row, setting) != getattr(config, setting):
             name += ", " + words.format(getattr(row, setting))

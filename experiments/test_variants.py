@@ -57,6 +57,13 @@ def test_a_client_downloads_no_more_than_without_momentum():
     down = sum(ledger.add(row)["download_bytes"] for row in history)
     assert down == fllw.cost(LONG, SHAPE)["download_bytes"]
 
+def test_the_setting_of_the_method_is_the_same_momentum():
+    config = replace(LONG, server_momentum=0.5)
+    server = server_momentum.Server(LONG, SHAPE, partial(server_momentum.momentum, 0.5))
+    own, _ = fllw.federate(config, images())
+    expected, _ = fllw.federate(LONG, images(), on_round=server)
+    assert same_tensors(own.state_dict(), expected.state_dict())
+
 @pytest.mark.parametrize("depth", [2, 4, 12])
 def test_all_rules_drop_as_many_blocks_on_average(depth):
     config = replace(SMALL, depth=depth, depth_dropout=0.3)
