@@ -4,8 +4,8 @@
 
 The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647: 40 epochs of AdamW). The encoders
 are those of experiments.compare, with the same flags and --out; what is missing there is trained.
-The strongest control of a deep encoder is one block at FLL's compute with further blocks put on top
-just before fine-tuning: fresh ones, identities, or copies of it. The deployed model is the same.
+The strongest control of a deep encoder is a small one at FLL's compute with further blocks put on
+top just before fine-tuning: fresh ones, identities, or copies. The deployed model is the same.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.finetune")
@@ -31,11 +31,12 @@ MILD = {  # views that keep their class, for fine-tuning
     "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
     "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
 SCRATCH = {"scratch": "from scratch", "scratch-one": "one block from scratch"}
-GROWN = {  # one block at FLL's compute, deepened just before fine-tuning: row -> how, in words
-    "one-block-fresh": ("fresh", "fresh blocks"), "one-block-identity": ("zero", "identities"),
-    "one-block-copies": ("copy", "copies")}
-BASE = "one-block-compute"
-HOME = dict.fromkeys(GROWN, BASE)  # rows that start from the encoder of another one
+GROWN = {  # encoders deepened just before fine-tuning: row -> (whose encoder, how, in words)
+    "one-block-fresh": ("one-block-compute", "fresh", "fresh blocks"),
+    "one-block-identity": ("one-block-compute", "zero", "identities"),
+    "one-block-copies": ("one-block-compute", "copy", "copies"),
+    "two-blocks-identity": ("two-blocks-micro-compute", "zero", "identities")}
+HOME = {key: home for key, (home, *_) in GROWN.items()}
 
 def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
              weight_decay=1e-5, labels_per_class=0, amp=False):
@@ -73,7 +74,7 @@ def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_si
     return 100 * (guesses == dataset.test_labels).double().mean().item()
 
 def deepen(config, encoder, depth, new_block, shape):
-    """The encoder of one block with `depth` of them; the new ones are made by fllw.grow()."""
+    """The encoder with `depth` blocks; the new ones are made by fllw.grow()."""
     deep = replace(config, depth=depth, new_block=new_block)
     server = fllw.broadcast(fllw.initial(config, shape), ())  # for the head
     server |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
@@ -86,7 +87,7 @@ def encoder_of(key, row, dataset, depth):
     if key in SCRATCH:
         return fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
     encoder = fllw.load_encoder(row.out)
-    return deepen(row, encoder, depth, GROWN[key][0], dataset.shape) if key in GROWN else encoder
+    return deepen(row, encoder, depth, GROWN[key][1], dataset.shape) if key in GROWN else encoder
 
 def tune(key, row, dataset, out, depth, epochs, counts, draws):
     """Columns of a row: test accuracies after fine-tuning on each of `counts` labels a class, 0: on
@@ -138,7 +139,7 @@ def main():
             row = replace(plan[HOME.get(key, key)], seed=seed)
             name = SCRATCH.get(key) or compare.name_of(HOME.get(key, key), row, config)
             if key in GROWN:
-                name += f", {config.depth - 1} {GROWN[key][1]} on top"
+                name += f", {config.depth - row.depth} {GROWN[key][2]} on top"
             add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts, draws))
     columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
     show(rows, flags["save"], "finetune", columns)

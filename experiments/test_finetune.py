@@ -15,11 +15,13 @@ SHAPE = (1, 28, 28)
 def one_block():
     return fllw.encoder_of(ONE, fllw.initial(replace(ONE, seed=3), SHAPE), SHAPE)
 
-def test_identities_on_top_change_no_feature():
-    images = data.load("mnist5k").test_images[::100]
-    deep = finetune.deepen(ONE, one_block(), 3, "zero", SHAPE)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_identities_on_top_change_no_feature(depth):
+    images, small = data.load("mnist5k").test_images[::100], replace(ONE, depth=depth)
+    encoder = fllw.encoder_of(small, fllw.initial(small, SHAPE), SHAPE)
+    deep = finetune.deepen(small, encoder, 3, "zero", SHAPE)
     assert len(deep.blocks) == 3
-    torch.testing.assert_close(features(deep, images), features(one_block(), images))
+    torch.testing.assert_close(features(deep, images), features(encoder, images))
 
 @pytest.mark.parametrize("new_block", ["copy", "fresh"])
 def test_copies_and_fresh_blocks_come_from_where_they_should(new_block):
