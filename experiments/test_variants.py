@@ -75,7 +75,8 @@ def test_all_rules_drop_as_many_blocks_on_average(depth):
                 dropped, frozen = dropped + sum(rates[:stage]), frozen + stage
         assert dropped / frozen == pytest.approx(0.3), rule
     up, down = (dropping_rates.rates(rule, config, 0) for rule in ("rising", "falling"))
-    assert up == sorted(up) and down == sorted(down, reverse=True)
+    assert up == pytest.approx([(b + 1) * up[0] for b in range(depth - 1)])
+    assert all(lower > upper for lower, upper in zip(down, down[1:]))
 
 def test_the_uniform_rule_is_depth_dropout_and_is_accounted_for(tmp_path, monkeypatch):
     config = replace(LONG, depth_dropout=0.5, out=str(tmp_path / "uniform"))
