@@ -129,7 +129,8 @@ def main(arguments=None):
     parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.personal")
     defaults = Settings(images=1000, dim=32, depth=3, clients=20, rounds=12, batch_size=16, lr=0.01,
                         depth_dropout=0.0, out="runs/personal")
-    config, flags = settings(parser, arguments, defaults, {"method", "seed", "clients_per_round", "server_momentum"},
+    fixed = {"method", "seed", "clients_per_round", "server_momentum"}
+    config, flags = settings(parser, arguments, defaults, fixed,
                              splits=("dirichlet", "two-classes"))
     dataset, rows = data.load(config.data, config.cache, config.images), {}
     for seed in flags["seeds"]:
