@@ -4,9 +4,9 @@
 
 The control of a layer-wise method is an end-to-end model that fits into its memory: one block for
 FLL, two for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349), and with
-micro-batches two or four blocks for FLL. Rates do not carry over from one to the other, nor from
-one set of images to another: each row's is chosen first, by short runs on training images alone;
---lr takes one rate for all instead.
+micro-batches two or four blocks for FLL. That of depth dropout is FLL with fewer rounds. Rates do
+not carry over from one to the other, nor from one set of images to another: each row's is chosen
+first, by short runs on training images alone; --lr takes one rate for all instead.
 Each row and seed has a run folder in --out: rerun the command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
@@ -36,7 +36,8 @@ MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
     "two-blocks-bytes": ("two-blocks", "lasting", BYTES),
     "e2e-compute": ("e2e", "fll", COMPUTE), "e2e-bytes": ("e2e", "fll", BYTES),
     "two-blocks-micro-compute": ("two-blocks-micro", "fll", COMPUTE),
-    "e2e-micro-compute": ("e2e-micro", "fll", COMPUTE)}
+    "e2e-micro-compute": ("e2e-micro", "fll", COMPUTE),
+    "fll-as-fdd": ("fll", "fdd", COMPUTE), "fll-as-fdd-half": ("fll", "fdd-half", COMPUTE)}
 def variants(config):
     """The settings of every row that trains: key -> Config."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
