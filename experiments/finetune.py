@@ -35,7 +35,8 @@ GROWN = {  # encoders deepened just before fine-tuning: row -> (whose encoder, h
     "one-block-fresh": ("one-block-compute", "fresh", "fresh blocks"),
     "one-block-identity": ("one-block-compute", "zero", "identities"),
     "one-block-copies": ("one-block-compute", "copy", "copies"),
-    "two-blocks-identity": ("two-blocks-micro-compute", "zero", "identities")}
+    "two-blocks-micro-identity": ("two-blocks-micro-compute", "zero", "identities"),
+    "two-blocks-identity": ("two-blocks-compute", "zero", "identities")}
 HOME = {key: home for key, (home, *_) in GROWN.items()}
 
 def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
