@@ -6,8 +6,7 @@ The control of a layer-wise method is an end-to-end model that fits into its mem
 FLL, two for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349), and with
 micro-batches two or four blocks for FLL. That of depth dropout is FLL with fewer rounds. Rates do
 not carry over from one to the other, nor from one set of images to another: each row's is chosen
-first, by short runs on training images alone; --lr takes one rate for all instead.
-Each row and seed has a run folder in --out: rerun the command to resume.
+first, by short runs on training images alone, unless --lr gives one. Rerun a command to resume.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.compare")
@@ -38,6 +37,7 @@ MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
     "two-blocks-micro-compute": ("two-blocks-micro", "fll", COMPUTE),
     "e2e-micro-compute": ("e2e-micro", "fll", COMPUTE),
     "fll-as-fdd": ("fll", "fdd", COMPUTE), "fll-as-fdd-half": ("fll", "fdd-half", COMPUTE)}
+
 def variants(config):
     """The settings of every row that trains: key -> Config."""
     fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
@@ -46,7 +46,6 @@ def variants(config):
         "one-block": replace(e2e, depth=1), "two-blocks": replace(e2e, depth=2),
         "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
         "fdd-most": replace(fll, depth_dropout=0.75),
-        "pairs": replace(fll, blocks_per_stage=2),
         "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
         "progressive": replace(fll, method="progressive"),
         "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16),

@@ -3,9 +3,8 @@
     python -m experiments.finetune --rows scratch one-block fll fdd --labels 0 10 --seeds 0 1 2
 
 The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647: 40 epochs of AdamW). The encoders
-are those of experiments.compare, with the same flags and --out; what is missing there is trained.
-The strongest control of a deep encoder is a small one at FLL's compute with further blocks put on
-top just before fine-tuning: fresh ones, identities, or copies. The deployed model is the same.
+are those of experiments.compare, with the same flags and --out. The strongest control of a deep one
+is a small one with fresh blocks or identities put on top just before: the deployed model is alike.
 """
 if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.finetune")
@@ -34,7 +33,6 @@ SCRATCH = {"scratch": "from scratch", "scratch-one": "one block from scratch"}
 GROWN = {  # encoders deepened just before fine-tuning: row -> (whose encoder, how, in words)
     "one-block-fresh": ("one-block-compute", "fresh", "fresh blocks"),
     "one-block-identity": ("one-block-compute", "zero", "identities"),
-    "one-block-copies": ("one-block-compute", "copy", "copies"),
     "two-blocks-micro-identity": ("two-blocks-micro-compute", "zero", "identities"),
     "two-blocks-identity": ("two-blocks-compute", "zero", "identities")}
 HOME = {key: home for key, (home, *_) in GROWN.items()}
@@ -128,13 +126,15 @@ def main():
     epochs, counts, draws = (flags["more"][name] for name in ("epochs", "labels", "draws"))
     if min(epochs, draws) < 1 or min(counts) < 0:
         raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
-    dataset = data.load(config.data, config.cache, config.images)
+    for key in [key for key in flags["rows"] if key in GROWN]:
+        if config.depth <= (1 if key.startswith("one") else 2):
+            raise InputError(f"--depth {config.depth} leaves nothing to put on top in {key}")
+    dataset, rows = data.load(config.data, config.cache, config.images), {}
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     trained = [HOME.get(key, key) for key in flags["rows"] if key not in SCRATCH]
     plan = compare.settings_of({**flags, "rows": trained}, config, dataset, out)
     plan |= {"scratch": config, "scratch-one": replace(config, depth=1)}
 
-    rows = {}
     for seed in flags["seeds"]:
         for key in flags["rows"]:
             row = replace(plan[HOME.get(key, key)], seed=seed)
@@ -144,8 +144,7 @@ def main():
             add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts, draws))
     columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
     show(rows, flags["save"], "finetune", columns)
-    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}; fine-tuned on so "
-          "many labels a class")
+    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}; labels: a class")
 
 if __name__ == "__main__":
     fllw.command(main)

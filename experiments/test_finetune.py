@@ -1,4 +1,5 @@
 """Tests of finetune.py: what is put on top of one block; the encoder given stays as it is."""
+import sys
 from dataclasses import replace
 
 import pytest
@@ -45,3 +46,10 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone():
                                  torch.Generator().manual_seed(0), epochs=8, batch_size=16)
     assert accuracy == 100
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+@pytest.mark.parametrize("row, depth", [("one-block-fresh", 1), ("two-blocks-micro-identity", 2)])
+def test_a_row_without_room_for_blocks_on_top_is_refused(row, depth, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune", "--rows", row, "--depth", str(depth)])
+    monkeypatch.setattr(data, "load", None)  # it is refused before anything is read
+    with pytest.raises(data.InputError, match=f"--depth {depth} leaves nothing to put on top"):
+        finetune.main()
