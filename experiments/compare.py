@@ -12,7 +12,6 @@ if not __package__:  # as a script, it would not find fllw.py
     raise SystemExit("run this from the repository's folder: python -m experiments.compare")
 
 import contextlib
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,8 +20,8 @@ import torch
 import data
 import fllw
 from data import InputError
-from experiments import once, plain_name, save
-from fllw import Config, table
+from experiments import add, once, plain_name, show
+from fllw import Config
 from ssl_loss import evaluate
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -189,12 +188,9 @@ def main():
     for seed in flags["seeds"]:
         for key in flags["rows"]:
             columns = measure(key, replace(plan[key], seed=seed), dataset, out)
-            kept = results.setdefault(name_of(key, plan[key], config), {})
-            for column, value in columns.items():
-                kept.setdefault(column, []).append(value)
-    if flags["save"]:
-        save(flags["save"], "python -m experiments.compare " + " ".join(sys.argv[1:]), results)
-    print(f"\n{len(dataset.test_images):,} test images, seeds {flags['seeds']}\n{table(results)}")
+            add(results, name_of(key, plan[key], config), columns)
+    show(results, flags["save"], "compare")
+    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}")
 
 if __name__ == "__main__":
     fllw.command(main)
