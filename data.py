@@ -1,7 +1,7 @@
 """Images for federated self-supervised learning: loading, splitting among clients, two views.
 
 Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns it into floats.
-Recipes follow SimCLR (Chen et al. 2020, appendix A) for photographs and small warps for digits."""
+The recipe for photographs follows SimCLR (Chen et al. 2020, appendix A); digits get small warps."""
 import contextlib
 import hashlib
 import math
@@ -20,7 +20,7 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def friendly_errors(what, advice):
-    """Whatever a missing, damaged or foreign file makes torch, json or the system raise."""
+    """Turn any error of a missing, damaged or foreign file into an InputError."""
     try:
         yield
     except InputError:
@@ -189,9 +189,9 @@ class Recipe:
     shear: float = 0.0   # +- degrees
     elastic: float = 0.0   # +- share of the image's size by which a 4 x 4 net moves (Simard 2003)
     flip: float = 0.0      # probability of a horizontal flip
-    jitter: float = 0.0    # probability of changing the colours, by factors in
-    colours: float = 0.0   # 1 +- this for brightness, contrast and saturation, and by
-    hue: float = 0.0       # +- turns of the colour circle
+    jitter: float = 0.0    # probability of changing the colours, which are then
+    colours: float = 0.0   # brightness, contrast and saturation, by factors in 1 +- this, and
+    hue: float = 0.0       # hue, by +- turns of the colour circle
     grey: float = 0.0      # probability of dropping all colour
     blur: float = 0.0      # probability of a Gaussian blur, sigma in [0.1, 2] pixels
     solarise: float = 0.0  # probability of inverting the pixels above one half
@@ -221,7 +221,7 @@ def moved(images, recipe, seed=0):
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
     x = images.float() / 255  # all randomness comes in a single draw, on the images' device
-    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0
+    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0  # 48: enough
 
     def uniform(low, high, count=1):
         nonlocal used
@@ -239,7 +239,7 @@ def view(images, recipe, generator):
     return x.mul(2).sub(1)
 
 def warp(x, recipe, uniform):
-    """Crop, shift, rotation, shear and flip as one affine map of -1..1. x: [B, C, H, W]."""
+    """Crop, shift, turn, shear, flip: one affine map of -1..1; elastic bend. x: [B, C, H, W]."""
     H, W = x.shape[2:]
     area, ratio = uniform(*recipe.area), torch.exp(uniform(-1, 1) * math.log(recipe.aspect))
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()  # size of the crop; 1 is the image's own
@@ -266,7 +266,7 @@ def warp(x, recipe, uniform):
 def colour(x, recipe, uniform):
     """Brightness and contrast, for C = 3 saturation, hue and grey: x [B, C, H, W] in 0..1.
 
-    All are linear in the colour: one matrix an image."""
+    All are affine in the colour: one matrix and one offset an image."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
     bright, contrast, saturate = 1 + apply * uniform(-1, 1, 3) * recipe.colours
@@ -289,7 +289,7 @@ def colour(x, recipe, uniform):
 def blur(x, recipe, uniform):
     """Separable Gaussian blur, kernel a tenth of the image's width across. x: [B, C, H, W]."""
     radius = min(max(1, x.shape[-1] // 20), min(x.shape[-2:]) - 1)
-    sigma = torch.where(uniform(0, 1) < recipe.blur, uniform(0.1, 2.0), 1e-3)
+    sigma = torch.where(uniform(0, 1) < recipe.blur, uniform(0.1, 2.0), 1e-3)  # 1e-3: no blur
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1)  # [B, 2 * radius + 1]
     for _ in range(2):  # along the width, transpose, along the height, transpose back

@@ -75,7 +75,7 @@ class Config:
     rounds: int = knob(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = knob(1, "passes over a client's images in a round", low=1)
     batch_size: int = knob(64, "images of a local step; two views each", low=2, group="training")
-    micro_batch: int = knob(0, "images whose graph is held at a time (exact); 0: all", low=0)
+    micro_batch: int = knob(0, "images whose graph is held at a time, exactly; 0: all", low=0)
     lr: float = knob(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = knob(1e-4, "AdamW weight decay", low=0)
     temperature: float = knob(0.2, "temperature of NT-Xent", low=1e-6)
@@ -94,7 +94,7 @@ class Config:
         """Multiply-accumulates for one image in a local epoch."""
         return count_macs(self, stage, kept, image_shape)
 
-# What a draw is for: the second number of its seed. data.partition() has 0.
+# The second number of a seed says what is drawn with it. 0 is for data.partition().
 INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)
 
 def rng(config, *key):
@@ -150,7 +150,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.normal_(self.pos_embed, std=0.5)
+        nn.init.normal_(self.pos_embed, std=0.5)  # usually 0.02; chosen by early trials on digits
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -247,10 +247,9 @@ class Stage:
 
     def trains(self, name):
         """Whether a learner's tensor of this name trains."""
+        if any(part in name for part in ("patch_embed", "pos_embed", "cls_token")):
+            return 0 in self.active  # the embedding trains with block 0
         block = block_of(name)
-        embeds = any(part in name for part in ("patch_embed", "pos_embed", "cls_token"))
-        if embeds:
-            block = 0  # the embedding trains with block 0
         return block is None or block in self.active  # the final norm and the head always train
 
 def stages(config, history=()):
@@ -266,9 +265,9 @@ def stages(config, history=()):
         # the newest and the last block, which is there from the first stage on:
         "lasting": [(every[:top] + every[-1:], every[top - k:top] + every[-1:])
                     for top in range(k, L, k)]}
-    plan, blocks, rounds_left = [], choices[config.method], config.rounds
-    for number, (present, active) in enumerate(blocks, 1):
-        later = len(blocks) - number  # stages, each with a round at least
+    plan, pairs, rounds_left = [], choices[config.method], config.rounds
+    for number, (present, active) in enumerate(pairs, 1):
+        later = len(pairs) - number  # stages, each with a round at least
         rounds = math.ceil(rounds_left / (later + 1))
         if number == 1 and later and config.first_share:
             rounds = min(max(1, round(config.first_share * rounds_left)), rounds_left - later)
@@ -362,7 +361,7 @@ def local_train(config, stage, message, images, round_number, client, progress=0
 @dataclass
 class State:
     """All there is between two rounds."""
-    server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: blocks so far, head
+    server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: the model so far
     history: list = field(default_factory=list)  # a row for every round done, made in federate()
     steps: dict = field(default_factory=dict)    # name -> the last step, with server momentum
 
@@ -379,11 +378,10 @@ def grow(config, server, stage, shape, device="cpu"):
         server |= broadcast(initial(config, shape, device), stage.present)
     there = {block_of(name) for name in server} - {None}
     for b in sorted(set(stage.present) - there):
-        source = server
-        origin = max((o for o in there if o < b), default=min(there))
         if config.new_block == "fresh":
-            source = initial(config, shape, device)
-            origin = b
+            source, origin = initial(config, shape, device), b
+        else:
+            source, origin = server, max((o for o in there if o < b), default=min(there))
         for name, tensor in [(n, t) for n, t in source.items() if block_of(n) == origin]:
             if config.new_block == "zero" and (".attn.proj." in name or ".mlp.fc2." in name):
                 tensor = torch.zeros_like(tensor)
@@ -396,8 +394,8 @@ class Average:
     """FedAvg (McMahan et al. 2017): each tensor's mean over the clients that sent it, weighted by
     their numbers of images. A tensor that nobody sent is not in the mean.
 
-    It keeps running sums, so memory does not grow with the clients, in float64, so the mean of
-    finite uploads is finite."""
+    It keeps running sums, so memory does not grow with the number of clients. They are float64, so
+    that finite uploads have a finite mean."""
     def __init__(self):
         self.sums, self.images = {}, {}
 
@@ -422,15 +420,15 @@ def server_step(config, state, mean):
         mean = {name: state.server[name] + step for name, step in state.steps.items()}
     state.server |= mean
 
-# federate() below takes three functions, so that an experiment can bring its own:
+# federate() takes these functions, beside train_client, so that an experiment can bring its own:
 #   plan(config, history) lists the stages; the history may change their rounds, nothing else.
 #   ask(stage, round_number, progress, messages) reaches the clients. messages: an iterator of pairs
 #       (client, message). It yields pairs (client, Answer) in that order; who is left out was lost.
-#   on_round(row, state) is called after every round. It may put others in place of the server's
-#       tensors (never change one in place: a copied block shares it with the block below), and then
-#       writes their names into row["changed"].
+#   on_round(row, state) is called after every round. It may replace tensors of the server (never
+#       change one in place: a copied block shares it with the block below), and then appends their
+#       names to row["changed"].
 def in_turn(config, images, parts, train_client=local_train):
-    """The default `ask` of federate(): the clients of this process, one after the other.
+    """Makes the default `ask` of federate(): the clients of this process, one after the other.
 
     images: uint8 [N, C, H, W], of all clients; parts: client -> indices of its images, as from
     data.partition(); both tensors or arrays; train_client: like local_train, which leaves the
@@ -483,7 +481,7 @@ def federate(config, dataset, state=None, train_client=local_train, ask=None, pl
         server_step(config, state, average.mean())
 
         row = {"round": round_number, "stage": stage.number,  # counted from 1
-               "clients": list(kept),  # who was sampled, and below what each of them was sent
+               "clients": list(kept),  # who was sampled, and below which blocks each was sent
                "kept_blocks": [list(blocks) for blocks in kept.values()],
                "answers": answers,     # of those who answered; "missing": trained, but not sent
                "changed": [],          # on_round notes here which tensors it has replaced

@@ -1,7 +1,7 @@
 """Self-supervision: the contrastive loss, the projection head, micro-batches, and evaluation.
 
-NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by what its
-features, or those of augmented test images, tell a nearest-neighbour vote and a linear classifier.
+NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by how well a
+nearest-neighbour vote and a linear classifier do on its features, of test images and of moved ones.
 """
 import math
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import data
 
-def nt_xent(z1, z2, temperature=0.1):
+def nt_xent(z1, z2, temperature):
     """Normalised temperature-scaled cross entropy over the 2B views of B images.
 
     z1, z2: [B, D], row i of both from image i. Returns the mean over all 2B anchors of
@@ -56,10 +56,10 @@ def contrastive_loss(config, z, chunks):
 def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss):
     """fllw.local_step() with the graph of config.micro_batch images at a time (GradCache, Gao et
     al. 2021): the same gradients in less memory, for a second forward pass of what trains."""
-    encoder, first, size = learner.encoder, min(stage.active), 2 * config.micro_batch
+    encoder, first, size = learner.encoder, min(stage.active), 2 * config.micro_batch  # 2: views
     autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
 
-    def active(x):  # tokens, or images where the embedding trains -> features [2M, D]
+    def run_active(x):  # tokens, or images where the embedding trains -> features [size, D]
         with autocast:
             return encoder.upper(x, first) if first else encoder(x)
 
@@ -68,15 +68,15 @@ def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss
             chunks = [encoder.lower(chunk, first) if first else chunk  # 1. frozen blocks, once
                       for chunk in views.split(size)]
         del views
-        features = torch.cat([active(chunk) for chunk in chunks])      # 2. all features, no graph
-    features.requires_grad_()
+        h = torch.cat([run_active(chunk) for chunk in chunks])         # 2. all features, no graph
+    h.requires_grad_()
     with autocast:
-        z = learner.head(features)                                     # 3. head and loss, once
+        z = learner.head(h)                                            # 3. head and loss, once
     loss = criterion(config, z, chunks)
     del z
     loss.backward()
-    for chunk, gradient in zip(chunks, features.grad.split(size)):
-        active(chunk).backward(gradient)                               # 4. each with its graph
+    for chunk, gradient in zip(chunks, h.grad.split(size)):
+        run_active(chunk).backward(gradient)                           # 4. each with its graph
     return loss.detach()
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -94,9 +94,9 @@ def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
     return 100 * correct / len(test)
 
 def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
-    """Accuracies in % of one logistic regression on frozen, standardised features, one for each of
-    tests: pairs (features [M, D], labels [M]). train: [N, D]. The L2 penalty is chosen on a fifth
-    of the *training* features, then all of them are used."""
+    """Accuracies in % of one logistic regression on frozen, standardised features: a number for
+    each of tests, which are pairs (features [M, D], labels [M]). train: [N, D]. The L2 penalty is
+    chosen on a fifth of the *training* features; then the regression is fitted on all of them."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train = (train - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -107,11 +107,12 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
         guesses = torch.addmm(weights[1], features, weights[0]).argmax(1)
         return 100 * (guesses == labels).double().mean().item()
 
-    scores = []
-    for penalty in penalties if len(held) else penalties[:1]:
+    def held_out(penalty):
         weights = logistic(train[fit], train_labels[fit], penalty)
-        scores.append((accuracy(weights, train[held], train_labels[held]), -len(scores), penalty))
-    weights = logistic(train, train_labels, max(scores)[2])
+        return accuracy(weights, train[held], train_labels[held])
+
+    best = max(penalties, key=held_out) if len(held) and penalties[1:] else penalties[0]
+    weights = logistic(train, train_labels, best)
     return [accuracy(weights, (test - mean) / std, labels) for test, labels in tests]
 
 def few_labels(train, train_labels, test, test_labels, per_class=10, draws=5):
@@ -164,11 +165,11 @@ def evaluate(encoder, dataset, recipe, device="cpu"):
     train, test, moved = [
         features(encoder, images) if encoder else images.to(device).flatten(1) / 255
         for images in (dataset.train_images, dataset.test_images, moved)]
-    labels, answers = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
-    probe, moved_probe = linear_probe(train, labels, (test, answers), (moved, answers))
-    return {"knn": knn(train, labels, test, answers), "linear_probe": probe,
-            "moved_knn": knn(train, labels, moved, answers), "moved_probe": moved_probe,
-            "ten_labels": few_labels(train, labels, test, answers)}
+    labels, truth = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
+    probe, moved_probe = linear_probe(train, labels, (test, truth), (moved, truth))
+    return {"knn": knn(train, labels, test, truth), "linear_probe": probe,
+            "moved_knn": knn(train, labels, moved, truth), "moved_probe": moved_probe,
+            "ten_labels": few_labels(train, labels, test, truth)}
 
 COLUMNS = {  # of a table: (heading, unit, digits)
     "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),

@@ -25,7 +25,7 @@ from fllw import Config
 from ssl_loss import evaluate
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-BASELINES = {"raw": "raw pixels", "random": "random encoder"}
+BASELINES = {"raw": "raw pixels", "random": "untrained encoder"}
 COMPUTE, BYTES = ("macs",), ("download_bytes", "upload_bytes")
 MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
     "one-block-compute": ("one-block", "fll", COMPUTE),

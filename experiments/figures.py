@@ -29,11 +29,11 @@ from ssl_loss import contrastive_loss
 MIB = 2**20
 ASSETS = RESULTS.parent.parent / "assets"
 ORANGE, BLUE, GREEN = "#D55E00", "#56B4E9", "#009E73"
-METHODS = {"FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"), "random": ("#555555", "v", ":"),
-           "equal bytes": ("#332288", "P", ":"), "FLL": ("#E69F00", "o", "-"),
-           "one block": ("#CC79A7", "^", "-."), "blocks": (BLUE, "s", "-."),
-           "lasting": (GREEN, "D", "-"), "progressive": ("#999999", "D", "-"),
-           "end-to-end": ("#0072B2", "s", "--")}
+METHODS = {"top + FDD": (GREEN, "o", "-"), "FDD": (ORANGE, "o", "-"), "raw": ("k", "x", ":"),
+           "untrained": ("#555555", "v", ":"), "equal bytes": ("#332288", "P", ":"),
+           "FLL": ("#E69F00", "o", "-"), "one block": ("#CC79A7", "^", "-."),
+           "blocks": (BLUE, "s", "-."), "lasting": (GREEN, "D", "-"),
+           "progressive": ("#999999", "D", "-"), "end-to-end": ("#0072B2", "s", "--")}
 STATES = {"dropped": ("white", ""), "frozen": (BLUE, "//"), "active": (GREEN, "")}
 COSTS = {"peak_mib": "peak memory (MiB)", "megabytes": "down + up (MB)",
          "gigamacs": "compute (10⁹ MAC for one image)"}
