@@ -249,9 +249,9 @@ def conflicts():
     ax.figure.suptitle("The classifier conflicts least, upper blocks most, whatever the start")
     return ax.figure
 
-SAVED = {("digits, 4 blocks", "moved_knn"): ("digits-48", "digits-96", "digits-192"),
+SAVED = {("digits, 4 blocks", "moved_knn"): ("digits-48", "digits-half", "digits-192"),
          ("digits, 12 blocks", "moved_knn"): ("digits-12-blocks", "digits-12-half"),
-         ("CIFAR-10, 10,000 images", "knn"): ("cifar10-24", "cifar10-48", "cifar10-192")}
+         ("CIFAR-10, 10,000 images", "knn"): ("cifar10-48", "cifar10-192")}
 
 PHONE = fllw.Config(dim=192, depth=12, heads=3, patch_size=4, head_hidden=512, head_dim=256,
                     clients=10, rounds=180, local_epochs=3, batch_size=128, augment="natural")
