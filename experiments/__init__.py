@@ -74,16 +74,17 @@ def add(rows, name, columns):
     for column, number in columns.items():
         rows.setdefault(name, {}).setdefault(column, []).append(number)
 
-def save(name, command, rows):
-    """Keep the numbers behind a table: experiments/results/NAME.json."""
+def save(name, command, rows, **more):
+    """Keep the numbers behind a table, and what more there is: experiments/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread per client"
     where = f"torch {torch.__version__}, {gpu}"
-    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows})
+    fllw.write(RESULTS / f"{name}.json", {"command": command, "where": where, "rows": rows, **more})
 
-def show(rows, name, experiment, columns=COLUMNS):
+def show(rows, name, experiment, columns=COLUMNS, **more):
     """Print a table of rows as for fllw.table(); before that, keep it under a name, if one is given
-    with --save: a terminal that cannot print must not lose it."""
+    with --save: a terminal that cannot print must not lose it. more: is kept with it."""
     if name:
-        save(name, " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]]), rows)
+        save(name, " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]]), rows,
+             **more)
     print(f"\n{fllw.table(rows, columns)}")

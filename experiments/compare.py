@@ -87,19 +87,15 @@ def hold_out(dataset):
     return data.Dataset(dataset.train_images[rest], dataset.train_labels[rest],
                         dataset.train_images[held], dataset.train_labels[held])
 
-def choose_rate(key, config, dataset, out, rates=RATES):
-    """The rate that is best on held-out training images, by the mean of k-NN and probe, in runs of
-    a quarter of the rounds."""
-    if len(rates) == 1:
-        return rates[0]
-    scores, held = [], hold_out(dataset)
+def try_rates(key, config, dataset, out, rates=RATES):
+    """Learning rate -> k-NN + probe (%) on held-out training images, after a quarter of the
+    rounds."""
+    scores, held = {}, hold_out(dataset)
     short = replace(config, rounds=max(config.rounds // 4, len(fllw.stages(config))))
     for rate in rates:
         row = measure(f"{key}-rate-{rate:g}", replace(short, lr=rate), held, out)
-        scores.append((row["knn"] + row["linear_probe"], rate))
-    print(f"{key}: the rate is {max(scores)[1]:g}; held out, k-NN + probe: "
-          + ", ".join(f"{rate:g}: {score:.1f}" for score, rate in scores))
-    return max(scores)[1]
+        scores[rate] = row["knn"] + row["linear_probe"]
+    return scores
 
 def name_of(key, row, config):
     """What a row is called in the table."""
@@ -147,7 +143,7 @@ def arguments(parser, rows, default):
     for differs in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
         raise InputError(f"--{differs.replace('_', '-')} differs from row to row: leave it out")
     flags = {key: given.pop(key, None) for key in ("rows", "seeds", "rates", "save")}
-    flags["one_block_lr"] = given.pop("one_block_lr", None)
+    flags |= {"one_block_lr": given.pop("one_block_lr", None), "tried": {}}
     known = {f.name for f in fields(Config)}  # flags that the caller added are left
     flags["more"] = {key: given.pop(key) for key in given.keys() - known}
     if flags["one_block_lr"] is not None and "lr" not in given:
@@ -171,11 +167,19 @@ def arguments(parser, rows, default):
     return config, flags
 
 def settings_of(flags, config, dataset, out):
-    """The settings of the rows asked for: key -> Config, each with its learning rate."""
+    """The settings of the rows asked for: key -> Config, each with its learning rate. What was
+    tried to choose it is added to flags["tried"]."""
     def rate(key, row):
         if key == "one-block" and flags["one_block_lr"]:
             return flags["one_block_lr"]
-        return choose_rate(key, replace(row, seed=0), dataset, out, flags["rates"])
+        if len(flags["rates"]) == 1:
+            return flags["rates"][0]
+        scores = flags["tried"][key] = try_rates(key, replace(row, seed=0), dataset, out,
+                                                 flags["rates"])
+        best = max(scores, key=scores.get)
+        print(f"{key}: the rate is {best:g}; held out, k-NN + probe: "
+              + ", ".join(f"{rate:g}: {score:.1f}" for rate, score in scores.items()))
+        return best
     return plan_rows(flags["rows"], config, dataset, rate)
 
 def main():
@@ -189,7 +193,7 @@ def main():
         for key in flags["rows"]:
             columns = measure(key, replace(plan[key], seed=seed), dataset, out)
             add(results, name_of(key, plan[key], config), columns)
-    show(results, flags["save"], "compare")
+    show(results, flags["save"], "compare", tried=flags["tried"])
     print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}")
 
 if __name__ == "__main__":

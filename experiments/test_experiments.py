@@ -339,7 +339,9 @@ def test_the_rate_is_chosen_on_training_images_alone(monkeypatch):
         return {"knn": -abs(row.lr - 4e-3), "linear_probe": 0.0}
 
     monkeypatch.setattr(compare, "measure", measure)
-    assert compare.choose_rate("fll", SMALL, dataset, None) == 4e-3 and len(seen) == 4
+    flags = {"rows": ["fll"], "rates": compare.RATES, "one_block_lr": None, "tried": {}}
+    assert compare.settings_of(flags, SMALL, dataset, None)["fll"].lr == 4e-3 and len(seen) == 4
+    assert flags["tried"]["fll"] == {rate: -abs(rate - 4e-3) for rate in compare.RATES}
     assert all(torch.equal(s, dataset.train_images.flatten(1).unique(dim=0)) for s in seen)
 
 COMMANDS = {  # experiment: (flags, rows of its table)
