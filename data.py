@@ -158,7 +158,7 @@ def partition(labels, clients, alpha=0.0, seed=0):
     """Give each image to one client, at least 2 to each: labels int64 [N] -> `clients` indices.
 
     alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the
-    clients' shares from Dirichlet(alpha) (Hsu et al. 2019): small alpha, few classes a client."""
+    clients' shares from Dirichlet(alpha), as Yurochkin et al. 2019 do (arXiv 1905.12022)."""
     if len(labels) < 2 * clients:
         raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), "
                          f"there are {len(labels)}")
@@ -220,8 +220,8 @@ def moved(images, recipe, seed=0):
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness comes in a single draw, on the images' device
-    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0  # 48: enough
+    x = images.float() / 255  # all randomness comes in one draw; no recipe here needs 48 numbers
+    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0
 
     def uniform(low, high, count=1):
         nonlocal used

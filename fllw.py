@@ -604,7 +604,7 @@ class Ledger:
                 "upload_bytes": up / count, "macs": macs / count}
 
 def planned_rows(config, plan=None):
-    """Rows of a run in which ten clients (or all, if fewer) take part in every round and answer:
+    """Rows of a run in which a round's clients, at most ten, take part in every round and answer:
     enough for a mean over the draws of depth dropout. plan: the list of stages."""
     clients, rows = range(min(config.clients_per_round or config.clients, 10)), []
     for stage in plan or stages(config):
@@ -635,9 +635,9 @@ def peak_memory(config, stage, shape, kept=None, train_client=local_train):
     kept = stage.present if kept is None else kept
     below = len([b for b in kept if b < first])  # frozen blocks are alike: only how many matters
     kept = (*range(below), *(b for b in kept if b >= first))
-    # Settings that do not change the memory get one value, so that metered_step()'s cache is hit.
-    canonical = replace(config, seed=0, rounds=1, depth_dropout=0.0, lr=1e-3, device="cpu", out="",
-                        server_momentum=0.0)
+    # What changes no memory, and differs between runs, gets one value: metered_step() is cached.
+    canonical = replace(config, seed=0, rounds=1, local_epochs=1, depth_dropout=0.0, lr=1e-3,
+                        device="cpu", out="", server_momentum=0.0)
     stage = replace(stage, number=1, rounds=1, present=kept)
     return metered_step(canonical, stage, tuple(shape), train_client).peak
 
@@ -646,8 +646,8 @@ def metered_step(config, stage, shape, train_client):
     """The MemoryMeter of two local steps of a client that holds the blocks stage.present; from the
     second step on the optimizer has its state.
 
-    The tensors are fake: they have shapes and lifetimes but no data. So this takes no time, and
-    gives the bytes of real steps on the CPU."""
+    The tensors are fake: they have shapes and lifetimes but no data. So nothing is computed, and
+    the bytes are those of real steps on the CPU."""
     config = replace(config, local_epochs=1)
     form = broadcast(initial(config, shape, "meta"), stage.present)
     with FakeTensorMode():
@@ -848,7 +848,8 @@ def load_encoder(folder):
 
 def identity(config, dataset, experiment):
     """What a run folder belongs to: settings, experiment, and the content of the images."""
-    elsewhere = ("data", "images", "workers", "out", "cache")  # they change no result
+    # Left out: workers, out and cache change no result; data and images show in the images.
+    elsewhere = ("data", "images", "workers", "out", "cache")
     settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     return settings | {"augment": recipe_name(config), "device": pick_device(config).type,
                        "experiment": experiment, "image_shape": list(dataset.shape),

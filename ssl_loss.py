@@ -180,7 +180,7 @@ COLUMNS = {  # of a table: (heading, unit, digits)
     "seconds": ("seconds", 1, 0)}
 
 def cell(value, unit, digits):
-    """A number as text, or mean and standard deviation of several; small ones get more digits."""
+    """A number as text, or mean and deviation of several; small positive ones get more digits."""
     if isinstance(value, str):
         return value
     numbers = np.atleast_1d(value) / unit
