@@ -29,11 +29,24 @@ def friendly_errors(what, advice):
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(f"{what} ({reason}): {advice}") from None
 
+@contextlib.contextmanager
+def sentences(parser):
+    """Errors of a command become one sentence; the exit status is 2 if the input was wrong."""
+    try:
+        yield
+    except InputError as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{error}: take a smaller --lr or --weight-decay, and another --out\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: the same command resumes\n")
+
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
-    train_labels: torch.Tensor  # int64 [N]; clients never see them, partition and evaluation do
+    train_labels: torch.Tensor  # int64 [N], -1: none; clients never see them
     test_images: torch.Tensor   # uint8 [M, C, H, W]
     test_labels: torch.Tensor   # int64 [M]
+    train_clients: torch.Tensor = None  # int64 [N], whose image it is, if the data say so
 
     @property
     def shape(self):
@@ -47,10 +60,23 @@ class Dataset(NamedTuple):
     def digest(self):
         """SHA-256 over the shapes and contents of all four arrays, as hexadecimal text."""
         result = hashlib.sha256()
-        for tensor in self:
+        for tensor in filter(torch.is_tensor, self):
             result.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
             result.update(tensor.contiguous().numpy())
         return result.hexdigest()
+
+    def split(self, clients, alpha=0.0, seed=0):
+        """Each client's own images: a list of uint8 tensors [n, C, H, W]."""
+        if self.train_clients is None:
+            parts = partition(self.train_labels, clients, alpha, seed)
+        else:
+            parts = [self.train_clients == client for client in range(clients)]
+        return [self.train_images[part] for part in parts]
+
+def expand(path):
+    """The path with ~ replaced by the home folder."""
+    with friendly_errors(f"{path} cannot be found", "give a path without ~"):
+        return Path(path).expanduser()
 
 # ------------------------------------------------------------------------------------------ loading
 MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
@@ -201,6 +227,11 @@ NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, colours=0.4, hu
                  blur=0.5)
 RECIPES = {"digits": DIGITS, "natural": NATURAL, "solarised": replace(NATURAL, solarise=0.2)}
 MOVED = {name: replace(one, grey=0.0, blur=0.0, solarise=0.0) for name, one in RECIPES.items()}
+
+def recipe_name(config):
+    """Which of RECIPES makes the views; digits are not flipped, photographs are."""
+    auto = "digits" if config.data.lower() == "mnist5k" else "natural"
+    return auto if config.augment == "auto" else config.augment
 
 def normalise(images):
     """uint8 [B, C, H, W] in 0..255 -> float32 in -1..1, what the encoder reads."""

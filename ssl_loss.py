@@ -46,17 +46,10 @@ class ProjectionHead(nn.Sequential):
             nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU(inplace=True),
             nn.Linear(hidden, out, bias=False))
 
-def contrastive_loss(config, z, chunks):
-    """The criterion of a local step: NT-Xent of z [2B, head_dim], the projections of both views.
-
-    chunks: the frozen blocks' output for all 2B views, a list of micro-batches (of images where
-    the embedding trains). NT-Xent does not need it; other criteria do."""
-    return nt_xent(*z.chunk(2), config.temperature)
-
-def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss):
+def micro_batched_step(config, learner, stage, views):
     """fllw.local_step() with the graph of config.micro_batch images at a time (GradCache, Gao et
     al. 2021): the same gradients in less memory, for a second forward pass of what trains."""
-    encoder, first, size = learner.encoder, min(stage.active), 2 * config.micro_batch  # 2: views
+    encoder, first, size = learner.encoder, stage.first, 2 * config.micro_batch  # 2: views
     autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
 
     def run_active(x):  # tokens, or images where the embedding trains -> features [size, D]
@@ -72,7 +65,7 @@ def micro_batched_step(config, learner, stage, views, criterion=contrastive_loss
     h.requires_grad_()
     with autocast:
         z = learner.head(h)                                            # 3. head and loss, once
-    loss = criterion(config, z, chunks)
+    loss = nt_xent(*z.chunk(2), config.temperature)
     del z
     loss.backward()
     for chunk, gradient in zip(chunks, h.grad.split(size)):

@@ -1,84 +1,64 @@
-"""Methods side by side over seeds, each with the control that could refute it.
+"""Methods side by side over seeds, each beside the controls that could refute it.
 
-    python -m experiments.compare --rows raw one-block fll fdd lasting two-blocks --seeds 0 1 2
+    python -m experiments.compare --rows one-block two-blocks progressive fll fdd --seeds 0 1 2
 
-The control of a layer-wise method is an end-to-end model that fits into its memory: one block for
-FLL, two for a lasting top block (the AllSmall of ProFL, Wu et al. 2024, arXiv 2404.13349), and with
-micro-batches two or four blocks for FLL. That of depth dropout is FLL with fewer rounds. Rates do
-not carry over from one to the other, nor from one set of images to another: each row's is chosen
-first, by short runs on training images alone, unless --lr gives one. Rerun a command to resume.
+The control of FLL is what fits into its memory: one block, or in micro-batches a small model, and
+progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349, and Tun et al. 2024, 2401.11647).
+Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Each row's
+learning rate is chosen first, by short runs on training images alone, unless --lr gives one. Rerun
+a command to resume.
 """
-if not __package__:  # as a script, it would not find fllw.py
-    raise SystemExit("run this from the repository's folder: python -m experiments.compare")
-
-import contextlib
-from dataclasses import fields, replace
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import data
+import experiments
 import fllw
 from data import InputError
-from experiments import add, once, plain_name, show
-from fllw import Config
 from ssl_loss import evaluate
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-BASELINES = {"raw": "raw pixels", "random": "untrained encoder"}
-COMPUTE, BYTES = ("macs",), ("download_bytes", "upload_bytes")
-MATCHED = {  # row: (trained, with as many rounds as this one's ..., pays for)
-    "one-block-compute": ("one-block", "fll", COMPUTE),
-    "one-block-bytes": ("one-block", "fll", BYTES),
-    "two-blocks-compute": ("two-blocks", "lasting", COMPUTE),
-    "two-blocks-bytes": ("two-blocks", "lasting", BYTES),
-    "e2e-compute": ("e2e", "fll", COMPUTE), "e2e-bytes": ("e2e", "fll", BYTES),
-    "two-blocks-micro-compute": ("two-blocks-micro", "fll", COMPUTE),
-    "e2e-micro-compute": ("e2e-micro", "fll", COMPUTE),
-    "fll-as-fdd": ("fll", "fdd", COMPUTE), "fll-as-fdd-half": ("fll", "fdd-half", COMPUTE)}
+PROGRESSIVE = {"method": "progressive", "micro_batch": 16}
+ROWS = {  # name: (changes of the settings, the row whose compute it may spend)
+    "raw": ({}, None), "untrained": ({}, None),
+    "one-block": ({"method": "e2e", "depth": 1}, "fll"),
+    "two-blocks": ({"method": "e2e", "depth": 2, "micro_batch": 16}, "fll"),
+    "progressive": (PROGRESSIVE, "fll"),
+    "progressive-fdd": ({**PROGRESSIVE, "depth_dropout": 0.25}, "fll"),
+    "progressive-fdd-half": ({**PROGRESSIVE, "depth_dropout": 0.5}, "fll"),
+    "fll": ({}, None),
+    "fdd": ({"depth_dropout": 0.25}, None), "fdd-half": ({"depth_dropout": 0.5}, None),
+    "fll-as-fdd": ({}, "fdd"), "fll-as-fdd-half": ({}, "fdd-half"),
+    "pairs": ({"blocks_per_stage": 2, "micro_batch": 16}, "fll"),
+    "e2e": ({"method": "e2e"}, "fll"), "e2e-micro": ({"method": "e2e", "micro_batch": 16}, "fll"),
+    "e2e-rounds": ({"method": "e2e"}, None)}
+BASELINES = {"raw": "raw pixels", "untrained": "untrained encoder"}
+FIXED = ("method", "depth_dropout", "micro_batch", "blocks_per_stage")
 
-def variants(config):
-    """The settings of every row that trains: key -> Config."""
-    fll = replace(config, method="fll", depth_dropout=0.0, blocks_per_stage=1)
-    fdd, e2e = replace(fll, depth_dropout=0.25), replace(fll, method="e2e")
-    rows = {
-        "one-block": replace(e2e, depth=1), "two-blocks": replace(e2e, depth=2),
-        "fll": fll, "fdd": fdd, "fdd-half": replace(fll, depth_dropout=0.5),
-        "fdd-most": replace(fll, depth_dropout=0.75),
-        "lasting": replace(fll, method="lasting"), "lasting-fdd": replace(fdd, method="lasting"),
-        "progressive": replace(fll, method="progressive"),
-        "e2e": e2e, "e2e-micro": replace(e2e, micro_batch=16),
-        "two-blocks-micro": replace(e2e, micro_batch=16, depth=2)}
-    return {key: row for key, row in rows.items() if possible(row)}
+def row_of(key, config, image_shape):
+    """The settings of a row, with the rounds that its compute allows."""
+    changes, other = ROWS[key]
+    row = replace(config, **changes)
+    fllw.validate(row)
+    if other:
+        mine, theirs = (fllw.cost(replace(one, seed=0), image_shape)["macs"]
+                        for one in (row, replace(config, **ROWS[other][0])))
+        rounds = round(config.rounds * theirs / mine)
+        row = replace(row, rounds=max(rounds, len(fllw.stages(row))))
+    return row
 
-def possible(config):
-    with contextlib.suppress(InputError):
-        fllw.validate(config)
-        return True
-
-def matched(rows, key, shape):
-    """The settings of a row that may spend what another one does: as many rounds as that buys."""
-    mine, other, measure = MATCHED[key]
-    totals = []
-    for row in (rows[mine], rows[other]):
-        costs = fllw.cost(replace(row, seed=0), shape)
-        totals.append(sum(costs[column] for column in measure))
-    rounds = round(rows[mine].rounds * totals[1] / totals[0])
-    return replace(rows[mine], rounds=max(rounds, len(fllw.stages(rows[mine]))))
-
-def plan_rows(keys, config, dataset, rate):
-    """The settings of the rows `keys`: key -> Config. rate(key of a row of variants(), Config) ->
-    its learning rate."""
-    rows, plan = variants(config), dict.fromkeys(BASELINES, replace(config, lr=Config.lr))
-    for key in keys:
-        if key in BASELINES:
-            continue
-        mine, other = MATCHED[key][:2] if key in MATCHED else (key, key)
-        if mine not in rows or other not in rows:
-            raise InputError(f"the row {key} cannot be trained with --depth {config.depth}")
-        row = replace(rows[mine], lr=rate(mine, rows[mine]))
-        plan[key] = matched(rows | {mine: row}, key, dataset.shape) if key in MATCHED else row
-    return plan
+def name_of(key, row):
+    """What a row is called in the table."""
+    if key in BASELINES:
+        return BASELINES[key]
+    name = fllw.label(row)
+    if key in ("one-block", "two-blocks"):
+        name = key.replace("-", " ")
+    if row.micro_batch:
+        name += f", micro-batches of {row.micro_batch}"
+    return f"{name}, {row.rounds} rounds"
 
 def hold_out(dataset):
     """A data set whose test images are a quarter of the training images: to choose settings by."""
@@ -87,114 +67,76 @@ def hold_out(dataset):
     return data.Dataset(dataset.train_images[rest], dataset.train_labels[rest],
                         dataset.train_images[held], dataset.train_labels[held])
 
-def try_rates(key, config, dataset, out, rates=RATES):
-    """Learning rate -> k-NN + probe (%) on held-out training images, after a quarter of the
-    rounds."""
+def measure(key, row, dataset, out):
+    """Train and evaluate a row with one seed, or read back what an earlier call found: its columns
+    {name: number}. The run folder is OUT/KEY-seedN."""
+    row = replace(row, out=str(out / f"{key}-seed{row.seed}"))
+    path = Path(row.out) / "summary.json"
+    fllw.open_run(row, dataset)  # refuses a folder of other settings
+    if path.exists():
+        return json.loads(path.read_text())
+    if key in BASELINES:
+        encoder = None
+        if key == "untrained":
+            encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
+        columns = evaluate(encoder, dataset, data.recipe_name(row))
+    else:
+        columns = fllw.result(row, dataset, fllw.train(row, dataset))
+    fllw.write(path, columns)
+    return columns
+
+def choose_rate(key, row, dataset, out, rates):
+    """{rate: k-NN + probe in %} on held-out training images, after a quarter of the rounds."""
+    short = replace(row, seed=0, rounds=max(row.rounds // 4, len(fllw.stages(row))))
     scores, held = {}, hold_out(dataset)
-    short = replace(config, rounds=max(config.rounds // 4, len(fllw.stages(config))))
     for rate in rates:
-        row = measure(f"{key}-rate-{rate:g}", replace(short, lr=rate), held, out)
-        scores[rate] = row["knn"] + row["linear_probe"]
+        found = measure(f"{key}-rate-{rate:g}", replace(short, lr=rate), held, out)
+        scores[rate] = found["knn"] + found["linear_probe"]
     return scores
 
-def name_of(key, row, config):
-    """What a row is called in the table."""
-    if key in BASELINES:
-        return BASELINES[key]
-    name = fllw.label(row)
-    if row.depth != config.depth:  # a smaller model, always trained end to end
-        small = "one block" if row.depth == 1 else "two blocks"
-        name = name.replace("end-to-end", f"{small} end to end")
-    for setting, words in (("lr", "rate {:g}"), ("micro_batch", "micro-batches of {}")):
-        if getattr(row, setting) != getattr(config, setting):
-            name += ", " + words.format(getattr(row, setting))
-    if key in MATCHED:
-        what = "compute" if MATCHED[key][2] == COMPUTE else "bytes"
-        name += f", {row.rounds} rounds: {what} of {MATCHED[key][1]}"
-    return name
+def plan_rows(keys, config, dataset, out, rates):
+    """The settings of the rows `keys`: {key: Config}, and what every rate scored."""
+    plan, tried = {}, {}
+    for key in keys:
+        plan[key] = row_of(key, config, dataset.shape)
+        if len(rates) == 1 or key in BASELINES:
+            plan[key] = replace(plan[key], lr=rates[0])
+            continue
+        tried[key] = choose_rate(key, plan[key], dataset, out, rates)
+        plan[key] = replace(plan[key], lr=max(tried[key], key=tried[key].get))
+        print(f"{key}: the rate is {plan[key].lr:g}; k-NN + probe on held-out training images: "
+              + ", ".join(f"{rate:g}: {score:.1f}" for rate, score in tried[key].items()))
+    return plan, tried
 
-def measure(key, row, dataset, out):
-    """Train and evaluate one row with one seed, or read it back: its columns."""
-    row, device = replace(row, out=str(out / f"{key}-seed{row.seed}")), fllw.pick_device(row)
-
-    def work(folder, state):
-        if key == "raw":
-            return evaluate(None, dataset, fllw.recipe_name(row), device)
-        if key == "random":
-            encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
-            return evaluate(encoder.to(device), dataset, fllw.recipe_name(row))
-        encoder, history = fllw.train(row, dataset, folder, state)
-        return fllw.result(row, dataset, encoder, history)
-
-    return once(row, dataset, f"compare {key}", work)
-
-def arguments(parser, rows, default):
-    """Add the flags that rows, seeds and rates need; parse; give (settings, the other flags)."""
-    mine = parser.add_argument_group("comparison")
-    mine.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", default=default.split(),
-                      help="in the order of the table: " + " ".join(rows))
-    mine.add_argument("--seeds", nargs="+", type=int, default=[0], help="instead of --seed")
-    mine.add_argument("--rates", nargs="+", type=float,
-                      help="learning rates to choose from, row by row; --lr: one for all")
-    mine.add_argument("--one-block-lr", type=float, help="with --lr: that of one block")
-    mine.add_argument("--save", type=plain_name, default=None, metavar="NAME",
-                      help="also keep the table as experiments/results/NAME.json")
-    given = vars(parser.parse_args())
-    for differs in {"method", "depth_dropout", "blocks_per_stage", "seed"} & given.keys():
-        raise InputError(f"--{differs.replace('_', '-')} differs from row to row: leave it out")
-    flags = {key: given.pop(key, None) for key in ("rows", "seeds", "rates", "save")}
-    flags |= {"one_block_lr": given.pop("one_block_lr", None), "tried": {}}
-    known = {f.name for f in fields(Config)}  # flags that the caller added are left
-    flags["more"] = {key: given.pop(key) for key in given.keys() - known}
-    if flags["one_block_lr"] is not None and "lr" not in given:
-        raise InputError("--one-block-lr goes with --lr: without it every row's rate is chosen")
-    if flags["rates"] and "lr" in given:
-        raise InputError("--lr is one rate for all rows, --rates are to choose from: give one of "
-                         "the two")
-    flags["rates"] = flags["rates"] or list(RATES)
-    for name in ("rows", "seeds", "rates"):
-        if len(set(flags[name])) < len(flags[name]):
-            raise InputError(f"--{name} names {flags[name]}, one of them twice: leave it out")
-    if not all(1e-6 <= rate <= 1 for rate in flags["rates"]):
-        raise InputError(f"--rates must be from 1e-6 to 1, they are {flags['rates']}")
-    config = Config(**given, depth_dropout=0.0)
-    for seed in flags["seeds"]:
-        for rate in flags["rates"]:
-            fllw.validate(replace(config, seed=seed, lr=given.get("lr", rate)))
-    fllw.validate(replace(config, lr=flags["one_block_lr"] or config.lr))
+def read_flags(parser, arguments, default):
+    """(settings, other flags, Dataset, folder of the runs), from the command's flags."""
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=default.split(), metavar="ROW",
+                        help="in the order of the table: " + " ".join(ROWS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3],
+                        help="learning rates to choose from; --lr gives one to all rows")
+    given = vars(parser.parse_args(arguments))
+    config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
     if "lr" in given:
-        flags["rates"] = [given["lr"]]
-    return config, flags
-
-def settings_of(flags, config, dataset, out):
-    """The settings of the rows asked for: key -> Config, each with its learning rate. What was
-    tried to choose it is added to flags["tried"]."""
-    def rate(key, row):
-        if key == "one-block" and flags["one_block_lr"]:
-            return flags["one_block_lr"]
-        if len(flags["rates"]) == 1:
-            return flags["rates"][0]
-        scores = flags["tried"][key] = try_rates(key, replace(row, seed=0), dataset, out,
-                                                 flags["rates"])
-        best = max(scores, key=scores.get)
-        print(f"{key}: the rate is {best:g}; held out, k-NN + probe: "
-              + ", ".join(f"{rate:g}: {score:.1f}" for rate, score in scores.items()))
-        return best
-    return plan_rows(flags["rows"], config, dataset, rate)
-
-def main():
-    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.compare")
-    keys = [*BASELINES, *variants(Config()), *MATCHED]
-    config, flags = arguments(parser, keys, "raw random one-block fll fdd two-blocks lasting e2e")
+        flags["rates"] = [config.lr]
+    for rate in flags["rates"]:
+        fllw.validate(replace(config, lr=rate))
     dataset = data.load(config.data, config.cache, config.images)
-    out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
-    plan, results = settings_of(flags, config, dataset, out), {}
-    for seed in flags["seeds"]:
-        for key in flags["rows"]:
-            columns = measure(key, replace(plan[key], seed=seed), dataset, out)
-            add(results, name_of(key, plan[key], config), columns)
-    show(results, flags["save"], "compare", tried=flags["tried"])
-    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}")
+    out = data.expand(config.out or f"runs/compare-{Path(config.data).stem}")
+    return config, flags, dataset, out
+
+def main(arguments=None):
+    parser = experiments.make_parser("compare", __doc__)
+    with data.sentences(parser):
+        config, flags, dataset, out = read_flags(parser, arguments, "one-block two-blocks fll fdd")
+        plan, tried = plan_rows(flags["rows"], config, dataset, out, flags["rates"])
+        rows = {}
+        for seed in flags["seeds"]:
+            for key in flags["rows"]:
+                columns = measure(key, replace(plan[key], seed=seed), dataset, out)
+                experiments.add(rows, name_of(key, plan[key]), columns)
+        rates = {name_of(key, row): row.lr for key, row in plan.items() if key not in BASELINES}
+        experiments.show("compare", rows, flags["save"], rates=rates, tried=tried)
+        print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}")
 
 if __name__ == "__main__":
-    fllw.command(main)
+    main()
