@@ -1,5 +1,4 @@
 """Images for federated self-supervised learning: loading, splitting among clients, two views.
-
 Images stay uint8 [N, C, H, W] until a batch is on its device; `two_views` turns it into floats.
 The recipe for photographs follows SimCLR (Chen et al. 2020, appendix A); digits get small warps."""
 import contextlib
@@ -23,11 +22,11 @@ def friendly_errors(what, advice):
     """Turn any error of a missing, damaged or foreign file into an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # torch.load and numpy.load raise many kinds
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise InputError(f"{what} ({reason}): {advice}") from None
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None)
+        raise InputError(f"{what} ({reason or type(error).__name__}): {advice}") from None
 
 @contextlib.contextmanager
 def sentences(parser):
@@ -36,160 +35,160 @@ def sentences(parser):
         yield
     except InputError as error:
         parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{error}: take a smaller --lr or --weight-decay, and another --out\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: the same command resumes\n")
+    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
+        short = isinstance(error, MemoryError) or "allocate" in str(error)  # the words of torch
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        reason = "memory is short" if short else error
+        parser.exit(1, f"{reason}: what was saved is whole, the same command resumes\n")
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
     train_labels: torch.Tensor  # int64 [N], -1: none; clients never see them
     test_images: torch.Tensor   # uint8 [M, C, H, W]
     test_labels: torch.Tensor   # int64 [M]
-    train_clients: torch.Tensor = None  # int64 [N], whose image it is, if the data say so
+    train_clients: torch.Tensor = None  # int64 [N], whose image it is, if the file says so
 
     @property
     def shape(self):
         """(channels, height, width) of an image."""
         return tuple(self.train_images.shape[1:])
 
-    @property
-    def classes(self):
-        return 1 + int(torch.cat([self.train_labels, self.test_labels]).max())
-
     def digest(self):
-        """SHA-256 over the shapes and contents of all four arrays, as hexadecimal text."""
-        result = hashlib.sha256()
-        for tensor in filter(torch.is_tensor, self):
-            result.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            result.update(tensor.contiguous().numpy())
-        return result.hexdigest()
-
-    def split(self, clients, alpha=0.0, seed=0):
-        """Each client's own images: a list of uint8 tensors [n, C, H, W]."""
-        if self.train_clients is None:
-            parts = partition(self.train_labels, clients, alpha, seed)
-        else:
-            parts = [self.train_clients == client for client in range(clients)]
-        return [self.train_images[part] for part in parts]
-
-def expand(path):
-    """The path with ~ replaced by the home folder."""
-    with friendly_errors(f"{path} cannot be found", "give a path without ~"):
-        return Path(path).expanduser()
+        """SHA-256 over the contents of all arrays, as hexadecimal text."""
+        arrays = [tensor.numpy() for tensor in self if tensor is not None]
+        return hashlib.sha256(b"".join(arrays)).hexdigest()
 
 # ------------------------------------------------------------------------------------------ loading
 MNIST5K = Path(__file__).resolve().parent / "assets" / "mnist5k.npz"
-KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-class Archive(NamedTuple):
-    """An official CIFAR archive: records of `label_bytes` labels, then 3 x 32 x 32 pixels."""
-    url: str
-    sha256: str
-    train: list  # members of the archive
-    test: list
-    label_bytes: int  # the last of them is the class
-
-ARCHIVES = {
-    "cifar10": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)],
-        ["cifar-10-batches-bin/test_batch.bin"], 1),
-    "cifar100": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        ["cifar-100-binary/train.bin"], ["cifar-100-binary/test.bin"], 2)}
+CIFAR = {  # name: (URL, SHA-256, members for training, for testing, bytes of labels in a record)
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)],
+                ["cifar-10-batches-bin/test_batch.bin"], 1),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+                 ["cifar-100-binary/train.bin"], ["cifar-100-binary/test.bin"], 2)}
 
 def load(name, cache="~/.cache/fllw", images=0):
-    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz.
-
-    images: keep so many training images, the same ones every time; 0: all. Raises InputError."""
+    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz. images:
+    keep at most so many training images, always the same; 0: all. Raises InputError."""
     known = str(name).lower()
-    if known in ARCHIVES:
-        dataset = load_cifar(ARCHIVES[known], download(ARCHIVES[known], Path(cache).expanduser()))
+    if known in CIFAR:
+        dataset = load_cifar(*CIFAR[known], Path(cache))
     elif known == "mnist5k" or known.endswith(".npz"):
-        dataset = load_npz(MNIST5K if known == "mnist5k" else Path(name).expanduser())
+        dataset = load_npz(MNIST5K if known == "mnist5k" else Path(name))
     else:
         raise InputError(f"unknown data set {name!r}: use mnist5k, cifar10, cifar100 or a FILE.npz")
-    there = len(dataset.train_images)
-    if images > there:
-        raise InputError(f"{name} has {there:,} training images: --images must be at most that")
     if images:
-        kept = np.sort(np.random.default_rng(0).permutation(there)[:images])
+        kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_images))[:images])
         dataset = dataset._replace(train_images=dataset.train_images[kept],
                                    train_labels=dataset.train_labels[kept])
     return dataset
 
 def load_npz(path):
-    """Read KEYS (MedMNIST's layout) from an .npz; classes are numbered in the order of labels.
-
-    Images are uint8 [N, H, W] or [N, H, W, C], labels whole numbers [N] or [N, 1]."""
+    """Read an .npz in MedMNIST's layout: images uint8 [N, H, W] or [N, H, W, C], labels whole
+    numbers [N] or [N, 1]. Training labels may be missing, or below 0: then the image has none.
+    train_clients, if there, says whose image each is."""
+    needed = ("train_images", "test_images", "test_labels")
     with friendly_errors(f"{path} cannot be read", "it must be an .npz of plain arrays"):
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in KEYS if key in file}
-    for key in [key for key in KEYS if key not in arrays]:
-        raise InputError(f"{path} has no {key!r}: it needs {', '.join(KEYS)}")
-    train, labels = read_split(path, "train", arrays)
-    test, more = read_split(path, "test", arrays)
+        with np.load(path.expanduser(), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in (*needed, "train_labels", "train_clients")
+                      if key in file}
+    for key in needed:
+        if key not in arrays:
+            raise InputError(f"{path} has no {key!r}: it needs {', '.join(needed)}")
+    train, test = (read_images(path, key, arrays[key]) for key in needed[:2])
     if train.shape[1:] != test.shape[1:]:
         raise InputError(f"{path}: train and test images differ in shape, they must not")
-    numbers = np.unique(np.concatenate([labels, more]), return_inverse=True)[1]
-    labels, more = torch.from_numpy(numbers).split([len(labels), len(more)])
-    return Dataset(train, labels, test, more)
+    if train.max() < 32:
+        print(f"note: no training pixel is above {int(train.max())}; they should range to 255")
+    arrays.setdefault("train_labels", np.full(len(train), -1))
+    arrays = {key: read_numbers(path, key, array, len(test if key == "test_labels" else train))
+              for key, array in arrays.items() if not key.endswith("images")}
+    labels, truth = arrays["train_labels"].clamp(min=-1), arrays["test_labels"]
+    if truth.min() < 0:
+        raise InputError(f"{path}: test_labels must be 0 or more, one is {truth.min()}")
+    if labels.min() < 0:
+        print(f"note: {(labels >= 0).sum():,} of {len(labels):,} training images have a label")
+    classes = torch.cat([labels[labels >= 0], truth]).unique()
+    labels = torch.where(labels < 0, -1, torch.searchsorted(classes, labels))
+    truth = torch.searchsorted(classes, truth)
+    return Dataset(train, labels, test, truth, arrays.get("train_clients"))
 
-def read_split(path, split, arrays):
-    """One split of a file -> (uint8 tensor [N, C, H, W], int64 array [N]), or InputError."""
-    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+def read_images(path, key, images):
+    """An array of a file -> uint8 tensor [N, C, H, W], or InputError."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
-        raise InputError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] and not "
-                         f"empty, they are {images.dtype} {list(images.shape)}")
-    if labels.shape == (len(images), 1):
-        labels = labels[:, 0]
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.max() >= 2**63:
-        raise InputError(f"{path}: {split}_labels must be {len(images)} whole numbers below 2^63, "
-                         f"one an image, they are {labels.dtype} {list(labels.shape)}")
+        raise InputError(f"{path}: {key} must be uint8 [N, H, W] or [N, H, W, C] and not empty, "
+                         f"they are {images.dtype} {list(images.shape)}")
     images = torch.from_numpy(images.reshape(*images.shape[:3], -1))  # [N, H, W, C]
-    return images.permute(0, 3, 1, 2).contiguous(), labels.astype(np.int64)
+    return images.permute(0, 3, 1, 2).contiguous()
 
-def load_cifar(archive, path):
-    """Read the records straight out of the archive; nothing is unpacked or unpickled."""
+def read_numbers(path, key, numbers, count):
+    """An array of a file -> int64 tensor [count], or InputError."""
+    if numbers.dtype.kind not in "iu" or numbers.size != count or numbers.max() >= 2**63:
+        raise InputError(f"{path}: {key} must be {count} whole numbers below 2^63, one an image, "
+                         f"they are {numbers.dtype} {list(numbers.shape)}")
+    return torch.from_numpy(numbers.reshape(count).astype(np.int64))
+
+def load_cifar(url, sha256, train, test, label_bytes, cache):
+    """Read the records of an official archive, which is downloaded once, under a temporary name,
+    and read in place: nothing is unpacked, unpickled, or trusted before its checksum matches."""
+    name = url.rsplit("/", 1)[1]
+    with friendly_errors(f"could not download {url}",
+                         f"rerun the command, or put the file at {cache / name} yourself"):
+        path = source = cache.expanduser() / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = path.with_name(path.name + ".tmp")
+            print(f"downloading {url}, about 170 MB", flush=True)
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                source.write_bytes(reply.read())
+        if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
+            raise InputError(f"{source} does not match its SHA-256: delete it, rerun the command")
+        if source != path:
+            source.replace(path)
+
     def read(members):
         with tarfile.open(path) as tar:
             raw = b"".join(tar.extractfile(member).read() for member in members)
-        records = np.frombuffer(raw, np.uint8).reshape(-1, archive.label_bytes + 3 * 32 * 32)
-        labels = records[:, archive.label_bytes - 1].astype(np.int64)
-        pixels = records[:, archive.label_bytes:].reshape(-1, 3, 32, 32).copy()
+        records = np.frombuffer(raw, np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
+        labels = records[:, label_bytes - 1].astype(np.int64)  # of CIFAR-100 the second, fine one
+        pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32).copy()
         return torch.from_numpy(pixels), torch.from_numpy(labels)
-    return Dataset(*read(archive.train), *read(archive.test))
+    return Dataset(*read(train), *read(test))
 
-def download(archive, cache):
-    """The path of an archive with the right checksum; fetched once, under a temporary name."""
-    path = source = cache / archive.url.rsplit("/", 1)[1]
-    with friendly_errors(f"could not download {archive.url}",
-                         f"rerun the command, or put the file at {path} yourself"):
-        cache.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            source = path.with_name(path.name + ".tmp")
-            print(f"downloading {archive.url}, about 170 MB", flush=True)
-            with urllib.request.urlopen(archive.url, timeout=60) as reply:
-                source.write_bytes(reply.read())
-        if hashlib.sha256(source.read_bytes()).hexdigest() != archive.sha256:
-            raise InputError(f"{source} does not match its SHA-256: delete it, rerun the command")
-        source.replace(path)
-    return path
+# ------------------------------------------------------------------------ splitting among clients
+def own_split(dataset, given):
+    """Settings that follow from train_clients: {} or {"clients": N}. given: the user's flags."""
+    if dataset.train_clients is None:
+        return {}
+    for name in sorted({"clients", "alpha", "images"} & set(given)):
+        raise InputError(f"--{name} cannot be given: train_clients in the file splits the images")
+    names, counts = dataset.train_clients.unique(return_counts=True)
+    if counts.min() < 2:
+        raise InputError(f"client {names[counts.argmin()]} has one image, each needs 2 or more")
+    return {"clients": len(names)}
 
-# ------------------------------------------------------------ splitting among clients
+def split(dataset, clients, alpha=0.0, seed=0):
+    """Each client's own images: a list of uint8 tensors [n, C, H, W]."""
+    owners = dataset.train_clients
+    parts = (partition(dataset.train_labels, clients, alpha, seed) if owners is None else
+             [owners == name for name in owners.unique()])
+    return [dataset.train_images[part] for part in parts]
+
 def partition(labels, clients, alpha=0.0, seed=0):
     """Give each image to one client, at least 2 to each: labels int64 [N] -> `clients` indices.
-
     alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the
     clients' shares from Dirichlet(alpha), as Yurochkin et al. 2019 do (arXiv 1905.12022)."""
     if len(labels) < 2 * clients:
-        raise InputError(f"{clients} clients need at least {2 * clients} training images (2 each), "
-                         f"there are {len(labels)}")
+        raise InputError(f"{clients} clients need {2 * clients} images or more, not {len(labels)}")
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(labels))
+    if alpha and labels.max() < 0:
+        raise InputError("--alpha splits by labels, and no training image has one: leave it out")
     if alpha == 0:
         return [torch.from_numpy(part) for part in np.array_split(order, clients)]
     owner = np.empty(len(labels), dtype=np.int64)  # image -> client
@@ -220,13 +219,11 @@ class Recipe:
     hue: float = 0.0       # hue, by +- turns of the colour circle
     grey: float = 0.0      # probability of dropping all colour
     blur: float = 0.0      # probability of a Gaussian blur, sigma in [0.1, 2] pixels
-    solarise: float = 0.0  # probability of inverting the pixels above one half
 
-DIGITS = Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05)
-NATURAL = Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, colours=0.4, hue=0.1, grey=0.2,
-                 blur=0.5)
-RECIPES = {"digits": DIGITS, "natural": NATURAL, "solarised": replace(NATURAL, solarise=0.2)}
-MOVED = {name: replace(one, grey=0.0, blur=0.0, solarise=0.0) for name, one in RECIPES.items()}
+RECIPES = {
+    "digits": Recipe((0.8, 1.2), aspect=1.3, shift=0.05, rotate=15, shear=15, elastic=0.05),
+    "natural": Recipe((0.2, 1.0), aspect=4 / 3, flip=0.5, jitter=0.8, colours=0.4, hue=0.1,
+                      grey=0.2, blur=0.5)}
 
 def recipe_name(config):
     """Which of RECIPES makes the views; digits are not flipped, photographs are."""
@@ -241,32 +238,25 @@ def two_views(images, recipe, generator):
     """Two views of image i, rows i and B + i: uint8 [B, C, H, W] -> float32 [2B, C, H, W]."""
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
-def moved(images, recipe, seed=0):
-    """One view of every image, the same everywhere: uint8 [N, C, H, W] -> uint8 [N, C, H, W].
-
-    recipe: a name in MOVED; all runs on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.cat([view(part, MOVED[recipe], generator) for part in images.cpu().split(500)])
+def moved(images, recipe, generator):
+    """One view of every image, not grey, not blurred, on the CPU: uint8 [B, C, H, W] -> uint8."""
+    views = view(images.cpu(), replace(RECIPES[recipe], grey=0.0, blur=0.0), generator)
     return ((views + 1) * 127.5).round().byte()
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
     x = images.float() / 255  # all randomness comes in one draw; no recipe here needs 48 numbers
-    numbers, used = torch.rand(48, len(x), device=x.device, generator=generator), 0
+    numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):
-        nonlocal used
-        used += count
-        return low + (high - low) * numbers[used - count:used].view(count, len(x)).squeeze(0)
+        drawn = torch.stack([next(numbers) for _ in range(count)])
+        return low + (high - low) * drawn.squeeze(0)
 
     x = warp(x, recipe, uniform)
     if recipe.jitter or recipe.grey:
         x = colour(x, recipe, uniform)
     if recipe.blur:
         x = blur(x, recipe, uniform)
-    if recipe.solarise:
-        chosen = (uniform(0, 1) < recipe.solarise)[:, None, None, None]
-        x = torch.where(chosen & (x > 0.5), 1 - x, x)
     return x.mul(2).sub(1)
 
 def warp(x, recipe, uniform):
@@ -295,9 +285,8 @@ def warp(x, recipe, uniform):
     return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 def colour(x, recipe, uniform):
-    """Brightness and contrast, for C = 3 saturation, hue and grey: x [B, C, H, W] in 0..1.
-
-    All are affine in the colour: one matrix and one offset an image."""
+    """Brightness and contrast, for C = 3 saturation, hue and grey: x [B, C, H, W] in 0..1. All are
+    affine in the colour: one matrix and one offset an image."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
     bright, contrast, saturate = 1 + apply * uniform(-1, 1, 3) * recipe.colours

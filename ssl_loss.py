@@ -35,7 +35,6 @@ def nt_xent(z1, z2, temperature):
 
 class ProjectionHead(nn.Sequential):
     """Three linear layers, dim -> hidden -> hidden -> out, into the space of the loss.
-
     Batch norm always uses the batch at hand: the head is thrown away after pre-training, so there
     are no running statistics to send or to average."""
     def __init__(self, dim, hidden, out):
@@ -139,26 +138,35 @@ def logistic(x, y, penalty):
     optimizer.step(closure)
     return [w.detach() for w in weights]
 
-@torch.no_grad()
-def features(encoder, images, batch=500):
-    """Features of uint8 images [N, C, H, W] -> float32 [N, dim], on the encoder's device.
+def pixels(images):
+    """Raw pixels as features: uint8 [N, C, H, W] -> float32 [N, ...] in 0..1. Sides above 64 pixels
+    are averaged down to 64, so that they need no more memory than an encoder's features."""
+    size = [min(side, 64) for side in images.shape[2:]]
+    return F.interpolate(images.float(), size, mode="area").flatten(1) / 255
 
-    Raises FloatingPointError if training has diverged: some features are not finite."""
-    device = next(encoder.parameters()).device
-    result = torch.cat([encoder(data.normalise(part.to(device))) for part in images.split(batch)])
-    if not result.isfinite().all():
+@torch.no_grad()
+def features(encoder, images, recipe="", device="cpu", batch=500):
+    """Features of uint8 images [N, C, H, W] -> float32 [N, dim]; without an encoder, raw pixels.
+    recipe: with it, of one random view of each. Raises FloatingPointError if training diverged."""
+    draws, result = torch.Generator().manual_seed(0), []
+    for part in images.split(batch):
+        part = (data.moved(part, recipe, draws) if recipe else part).to(device)
+        result.append(encoder(data.normalise(part)) if encoder else pixels(part))
+    if not all(part.isfinite().all() for part in result):
         raise FloatingPointError("the encoder's features are not finite: take a smaller --lr")
-    return result
+    return torch.cat(result)
 
 def evaluate(encoder, dataset, recipe, device="cpu"):
-    """Accuracies in % of an encoder, or, if it is None, of raw pixels on the device: knn and
+    """Accuracies in % of an encoder on the device, or, if it is None, of raw pixels: knn and
     linear_probe on test images, the same on these under one random view each (moved_...), and a
-    probe on ten labels a class (ten_labels). Test labels choose nothing."""
-    moved = data.moved(dataset.test_images, recipe)
-    train, test, moved = [
-        features(encoder, images) if encoder else images.to(device).flatten(1) / 255
-        for images in (dataset.train_images, dataset.test_images, moved)]
-    labels, truth = dataset.train_labels.to(train.device), dataset.test_labels.to(train.device)
+    probe on ten labels a class (ten_labels). Test labels choose nothing; without labels, {}."""
+    labelled = dataset.train_labels >= 0
+    if not labelled.any():
+        return {}
+    labels, truth = dataset.train_labels[labelled].to(device), dataset.test_labels.to(device)
+    train = features(encoder, dataset.train_images[labelled], device=device)
+    test = features(encoder, dataset.test_images, device=device)
+    moved = features(encoder, dataset.test_images, recipe, device)
     probe, moved_probe = linear_probe(train, labels, (test, truth), (moved, truth))
     return {"knn": knn(train, labels, test, truth), "linear_probe": probe,
             "moved_knn": knn(train, labels, moved, truth), "moved_probe": moved_probe,
@@ -167,10 +175,9 @@ def evaluate(encoder, dataset, recipe, device="cpu"):
 COLUMNS = {  # of a table: (heading, unit, digits)
     "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
     "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
-    "finetuned": ("fine-tuned", 1, 1), "peak_memory_bytes": ("peak MiB", 2**20, 1),
-    "macs": ("GMAC/image", 1e9, 2), "download_bytes": ("down MB", 1e6, 1),
-    "upload_bytes": ("up MB", 1e6, 1), "stateless_download_bytes": ("stateless MB", 1e6, 1),
-    "seconds": ("seconds", 1, 0)}
+    "peak_memory_bytes": ("peak MiB", 2**20, 1), "macs": ("GMAC/image", 1e9, 2),
+    "download_bytes": ("down MB", 1e6, 1), "upload_bytes": ("up MB", 1e6, 1),
+    "stateless_download_bytes": ("stateless MB", 1e6, 1), "seconds": ("seconds", 1, 0)}
 
 def cell(value, unit, digits):
     """A number as text, or mean and deviation of several; small positive ones get more digits."""
