@@ -39,7 +39,7 @@ class Config:
     """Every setting of a run. The command's flags are made from these fields."""
     # the images
     data: str = setting("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz")
-    images: int = setting(0, "use so many of the training images; 0: all", low=0)
+    images: int = setting(0, "use at most so many training images; 0: all", low=0)
     augment: str = setting("auto", "kind of views; auto: digits for mnist5k, else natural",
                            choices=("auto", "digits", "natural"))
     # the model
@@ -342,9 +342,8 @@ def count_macs(config, stage, kept, image_shape):
     """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them: two
     views; linear layers and attention products; forward 1x, and backward 2x for what trains.
     Micro-batches run what trains, except the head, forward twice."""
-    channels, height, width = image_shape
-    D, T = config.dim, 1 + height * width // config.patch_size**2
-    embed = height * width * channels * D
+    D, T = config.dim, 1 + math.prod(image_shape[1:]) // config.patch_size**2  # T: tokens
+    embed = math.prod(image_shape) * D
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; attention's two products
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
     trained = 4 if config.micro_batch else 3
@@ -361,18 +360,19 @@ def replay(config, image_shape, rows, plan=None):
     sizes = {name: tensor.nbytes for name, tensor in initial(config, image_shape).items()}
     server, held = {}, defaultdict(set)  # name -> label; client -> the labels that it has
     for row in rows:
-        stage, paid = stage_of[row["stage"]], Counter()
+        stage, paid, changed = stage_of[row["stage"]], Counter(), set()
         server = server or {name: (name, 0) for name in broadcast(sizes, range(stage.stop))}
         grow(server, stage)
         for client, kept in row["kept"].items():
             message = broadcast(server, kept)
-            needed, sent = set(message.values()), filter(stage.trains, message)
+            needed, sent = set(message.values()), set(filter(stage.trains, message))
             paid.update(download_bytes=sum(sizes[name] for name, _ in needed - held[client]),
                         stateless_download_bytes=sum(sizes[name] for name, _ in needed),
                         upload_bytes=sum(sizes[name] for name in sent),
                         macs=config.local_epochs * config.macs(stage, kept, image_shape))
             held[client] |= needed
-        server |= {name: (name, row["round"]) for name in server if stage.trains(name)}
+            changed |= sent
+        server |= {name: (name, row["round"]) for name in changed}
         yield {column: total / len(row["kept"]) for column, total in paid.items()}
 
 def cost(config, image_shape, plan=None, train_client=local_train):
