@@ -33,11 +33,11 @@ def sentences(parser):
     """Errors of a command become one sentence; the exit status is 2 if the input was wrong."""
     try:
         yield
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: the same command resumes\n")
-    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         short = isinstance(error, MemoryError) or "allocate" in str(error)  # the words of torch
         if isinstance(error, RuntimeError) and not short:
             raise
@@ -84,8 +84,8 @@ def load(name, cache="~/.cache/fllw", images=0):
         raise InputError(f"unknown data set {name!r}: use mnist5k, cifar10, cifar100 or a FILE.npz")
     if images:
         kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_images))[:images])
-        dataset = dataset._replace(train_images=dataset.train_images[kept],
-                                   train_labels=dataset.train_labels[kept])
+        dataset = dataset._replace(**{key: array[kept] for key, array in dataset._asdict().items()
+                                      if key.startswith("train") and array is not None})
     return dataset
 
 def load_npz(path):
@@ -212,7 +212,7 @@ class Recipe:
     shift: float = 0.0   # +- share of the image's size, on top of the crop's random place
     rotate: float = 0.0  # +- degrees
     shear: float = 0.0   # +- degrees
-    elastic: float = 0.0   # +- share of the image's size by which a 4 x 4 net moves (Simard 2003)
+    elastic: float = 0.0   # +- share of its size by which a 4 x 4 grid bends it (Simard 2003)
     flip: float = 0.0      # probability of a horizontal flip
     jitter: float = 0.0    # probability of changing the colours, which are then
     colours: float = 0.0   # brightness, contrast and saturation, by factors in 1 +- this, and
@@ -245,7 +245,7 @@ def moved(images, recipe, generator):
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness comes in one draw; no recipe here needs 48 numbers
+    x = images.float() / 255  # all randomness comes in one draw: 48 numbers an image are enough
     numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):

@@ -7,11 +7,9 @@ A run is cut into stages, a stage into rounds. Each stage adds blocks to the mod
 newest ones. The blocks below are frozen: they only run forward, and with depth dropout a client
 skips some of them. Rounds and stages are counted from 1, blocks and clients from 0."""
 import argparse
-import contextlib
 import functools
 import json
 import math
-import os
 import threading
 import time
 import weakref
@@ -40,8 +38,7 @@ class Config:
     # the images
     data: str = setting("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz")
     images: int = setting(0, "use at most so many training images; 0: all", low=0)
-    augment: str = setting("auto", "kind of views; auto: digits for mnist5k, else natural",
-                           choices=("auto", "digits", "natural"))
+    augment: str = setting("auto", "views; auto: by --data", choices=("auto", "digits", "natural"))
     # the model
     dim: int = setting(64, "width of the vision transformer", low=1)
     depth: int = setting(4, "number of blocks L", low=1, high=1000)
@@ -50,18 +47,19 @@ class Config:
     head_hidden: int = setting(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = setting(64, "dimension in which the loss compares views", low=1)
     # layer by layer
-    method: str = setting("fll", "which blocks train", choices=("fll", "progressive", "e2e"))
+    method: str = setting("fll", "train the newest blocks, all so far, or all at once",
+                          choices=("fll", "progressive", "e2e"))
     blocks_per_stage: int = setting(1, "blocks that a stage adds", low=1)
     depth_dropout: float = setting(0.25, "chance that an older block is dropped", low=0, high=0.99)
     # the federation
     clients: int = setting(2, "number of clients N", low=1)
     clients_per_round: int = setting(0, "clients sampled each round; 0: all", low=0)
-    alpha: float = setting(0.0, "Dirichlet concentration of labels; 0: IID", low=0, high=1e6)
+    alpha: float = setting(0.0, "Dirichlet alpha of labels, small: skewed; 0: IID", low=0, high=1e6)
     rounds: int = setting(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = setting(1, "passes over a client's images in a round", low=1)
     # the training of a client
     batch_size: int = setting(64, "images of a local step; two views each", low=2)
-    micro_batch: int = setting(0, "images whose graph is held at a time, exactly; 0: all", low=0)
+    micro_batch: int = setting(0, "images of one graph, with the same gradients; 0: all", low=0)
     lr: float = setting(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
     weight_decay: float = setting(1e-4, "AdamW weight decay", low=0)
     temperature: float = setting(0.2, "temperature of NT-Xent", low=1e-6)
@@ -69,11 +67,11 @@ class Config:
     # the run
     seed: int = setting(0, "everything random derives from it", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    workers: int = setting(0, "threads that train clients; 0: one a core, on a GPU one", low=0)
+    workers: int = setting(0, "threads that train clients; 0: one a core, or 1 on a GPU", low=0)
     out: str = setting("", "run folder; by default one under runs/, named after data and method")
     cache: str = setting("~/.cache/fllw", "folder for downloaded data sets")
 
-# The second number of a seed says what is drawn with it. 0 is for data.partition().
+# A seed is [config.seed, what is drawn with it, ...]; for data.partition() the second number is 0.
 INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)
 
 def rng(config, *key):
@@ -136,7 +134,7 @@ class ViT(nn.Module):
 
     # The forward pass is cut in two: what lies below the first block that trains needs no gradient.
     def lower(self, images, first):
-        """Patch embedding and the blocks below `first`: [B, C, H, W] -> tokens [B, T, D]."""
+        """Patch embedding, blocks below `first`: [B, C, H, W] -> tokens [B, T = 1 + patches, D]."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, patches, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         for number, block in self.blocks.items():
@@ -161,10 +159,10 @@ class Learner(nn.Module):
         self.encoder = ViT(config, image_shape, blocks)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
-Config.learner = Learner  # to train another model: a subclass of Config with another learner
+Config.learner = Learner  # no setting; a subclass of Config can have another one, without buffers
 
 def block_of(name):
-    """The block that a tensor of this name belongs to; None: embedding, final norm, head."""
+    """"encoder.blocks.3.norm1.bias" -> 3; None: of the embedding, the final norm or the head."""
     _, found, rest = name.partition("blocks.")
     return int(rest.split(".")[0]) if found else None
 
@@ -180,12 +178,12 @@ def learner_of(config, tensors, image_shape):
 @dataclass(frozen=True)
 class Stage:
     """Blocks below `first` are frozen, the blocks from `first` to `stop - 1` train, later ones do
-    not exist yet. Those from `newest` on are new in this stage."""
+    not exist yet. Those from `newest` on are new; in FLL, first == newest, or else first == 0."""
     number: int
     first: int
     newest: int
     stop: int
-    rounds: range  # of the whole run
+    rounds: range  # its own, counted through the run
 
     def trains(self, name):
         """Whether a learner's tensor of this name trains."""
@@ -200,8 +198,8 @@ def stages(config):
     if config.rounds < len(cuts) - 1:
         raise data.InputError(f"--rounds must be at least {len(cuts) - 1}, the number of stages")
     shares = np.array_split(range(1, config.rounds + 1), len(cuts) - 1)
-    all_train = config.method != "fll"  # all that exist; or else the newest blocks alone
-    return [Stage(number, 0 if all_train else newest, newest, stop, range(share[0], share[-1] + 1))
+    return [Stage(number, {"fll": newest, "progressive": 0, "e2e": 0}[config.method], newest, stop,
+                  range(share[0], share[-1] + 1))
             for number, newest, stop, share in zip(range(1, L + 1), cuts, cuts[1:], shares)]
 
 def sample_clients(config, round_number):
@@ -223,7 +221,7 @@ def local_step(config, learner, stage, views):
     from data.two_views(). ssl_loss.micro_batched_step() does the same in less memory."""
     with torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp):
         with torch.set_grad_enabled(stage.first == 0):  # the embedding trains with block 0
-            tokens = learner.encoder.lower(views, stage.first)  # frozen: nothing is stored
+            tokens = learner.encoder.lower(views, stage.first)  # if frozen, nothing is stored
         z = learner.head(learner.encoder.upper(tokens, stage.first))  # [2B, head_dim]
     loss = nt_xent(*z.chunk(2), config.temperature)
     del z  # it is freed before the backward pass, whose graph holds what is needed of it
@@ -231,9 +229,9 @@ def local_step(config, learner, stage, views):
     return loss.detach()
 
 def local_train(config, stage, message, images, round_number, client, step=None):
-    """One client's work in one round, on the message from broadcast() and its own images, uint8
-    [n, C, H, W]. step: like local_step(). Returns its upload ({name: tensor}, what it trained), the
-    loss of every local step [steps], and its number of images."""
+    """One client's work in one round, on the message (the tensors that it keeps, by name) and its
+    own images, uint8 [n, C, H, W]. step: like local_step(). Returns its upload (what it trained, by
+    name), the loss of every local step [steps], and its number of images."""
     step = step or (micro_batched_step if config.micro_batch else local_step)
     device = pick_device(config)
     images = images.to(device)
@@ -255,7 +253,7 @@ def local_train(config, stage, message, images, round_number, client, step=None)
     for epoch in range(config.local_epochs):
         order = torch.randperm(len(images), device=device, generator=draws)
         for number, chosen in enumerate(order[:steps * batch].split(batch), epoch * steps):
-            share = done + number / (config.local_epochs * steps) / len(stage.rounds)
+            share = done + number / (config.local_epochs * steps) / len(stage.rounds)  # 0 to 1
             optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * share)) / 2
             optimizer.zero_grad()
             losses.append(step(config, learner, stage,
@@ -271,16 +269,15 @@ class State:
     server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: the model so far
     history: list = field(default_factory=list)  # a row for every round done, made in federate()
 
-# Modules draw their first weights from a generator that all threads share: one thread at a time.
-INITIALISING = threading.Lock()
+INITIALISING = threading.Lock()  # modules draw their weights from a generator that threads share
 def initial(config, image_shape):
-    """State dict of a fresh learner with all its blocks, from the seed."""
+    """State dict of a fresh learner with all its blocks, from the seed. One thread at a time."""
     with INITIALISING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
         return config.learner(config, tuple(image_shape), range(config.depth)).state_dict()
 
 def grow(server, stage):
-    """Add the stage's new blocks to the dict `server`: each starts as a copy of the one below, and
+    """Add the blocks that `server` lacks in this stage: each starts as a copy of the one below, and
     shares its tensors. Training puts new tensors in their place, and changes none."""
     for b in range(1, stage.stop):
         for name in [name for name in server if block_of(name) == b - 1]:
@@ -295,10 +292,11 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
     uint8 [n, C, H, W]; state: to resume from, changed in place; plan: an iterable of stages;
     train_client: like local_train(), or returns None for a client that was lost, and its upload may
     be partial; on_round: called with the state after every round."""
+    clients = dict(zip(range(config.clients), clients, strict=True))  # there must be so many
     state, image_shape = state or State(), clients[0].shape[1:]
     cores = torch.get_num_threads()  # that torch sees; OMP_NUM_THREADS limits them
     workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
-    # In a worker torch uses one thread: the last bits of a result depend on that number.
+    # Each worker runs torch on one thread: the last bits of a result depend on that number.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1]) as pool:
         for stage in plan or stages(config):
             if not state.server:
@@ -318,18 +316,18 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
 
                 # FedAvg (McMahan et al. 2017): each tensor's mean over the clients that sent it,
                 # weighted by images. Running sums save memory; their order fixes the last bits.
-                sums, weights, losses = {}, Counter(), {}
+                sums, counts, losses = {}, Counter(), {}
                 for client, answer in zip(kept, pool.map(train, kept)):
                     if answer is None:
                         continue  # it was lost
-                    upload, steps, images = answer
-                    losses[client] = steps.mean().item()
+                    upload, step_losses, count = answer
+                    losses[client] = step_losses.mean().item()
                     for name, tensor in upload.items():
-                        sums[name] = sums.get(name, 0) + images * tensor.double()
-                        weights[name] += images
+                        sums[name] = sums.get(name, 0) + count * tensor.double()
+                        counts[name] += count
                 if not all(map(math.isfinite, losses.values())):
-                    raise FloatingPointError(f"the loss of round {round_number} is not finite")
-                state.server |= {name: (sums[name] / weights[name]).float() for name in sums}
+                    raise FloatingPointError(f"round {round_number} diverged: take a smaller --lr")
+                state.server |= {name: (sums[name] / counts[name]).float() for name in sums}
                 state.history.append({"round": round_number, "stage": stage.number, "kept": kept,
                                       "losses": losses, "seconds": time.perf_counter() - began})
                 if on_round:
@@ -343,7 +341,7 @@ def count_macs(config, stage, kept, image_shape):
     views; linear layers and attention products; forward 1x, and backward 2x for what trains.
     Micro-batches run what trains, except the head, forward twice."""
     D, T = config.dim, 1 + math.prod(image_shape[1:]) // config.patch_size**2  # T: tokens
-    embed = math.prod(image_shape) * D
+    embed = math.prod(image_shape) * D  # D products with each of a patch's numbers
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; attention's two products
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
     trained = 4 if config.micro_batch else 3
@@ -353,12 +351,12 @@ def count_macs(config, stage, kept, image_shape):
 Config.macs = count_macs  # of another model: a subclass of Config with a macs() of its own
 
 def replay(config, image_shape, rows, plan=None):
-    """What each round of a history cost a client, in the mean: yields {column: number}. A client
-    keeps what it receives, and downloads what it does not have. What a tensor holds has a label:
-    (name, round in which it last changed). A copied block has its source's label."""
+    """What each round of a history cost a client, in the mean: yields {column: number}. A version,
+    (name, round of its last change), stands for what a tensor holds; a copied block has that of its
+    source. A client keeps what it receives, and downloads each version once."""
     stage_of = {stage.number: stage for stage in plan or stages(config)}
     sizes = {name: tensor.nbytes for name, tensor in initial(config, image_shape).items()}
-    server, held = {}, defaultdict(set)  # name -> label; client -> the labels that it has
+    server, held = {}, defaultdict(set)  # name -> version; client -> the versions that it has
     for row in rows:
         stage, paid, changed = stage_of[row["stage"]], Counter(), set()
         server = server or {name: (name, 0) for name in broadcast(sizes, range(stage.stop))}
@@ -391,10 +389,10 @@ def cost(config, image_shape, plan=None, train_client=local_train):
 
 @functools.lru_cache
 def peak_memory(config, stage, image_shape, train_client=local_train):
-    """Peak bytes of a local step of a client that drops no block; None if it cannot be measured."""
+    """Peak bytes of a local step on a full batch, if nothing is dropped; None: not measurable."""
     try:
         return max(live_bytes(config, stage, image_shape, train_client))
-    except Exception as error:  # of many kinds: this client reads numbers, which are not there
+    except Exception as error:  # e.g. of .item(): fake tensors have no numbers
         print(f"note: a client that needs real tensors has no peak ({type(error).__name__})")
 
 def live_bytes(config, stage, image_shape, train_client=local_train):
@@ -441,8 +439,8 @@ def validate(config):
         low, high = f.metadata.get("low"), f.metadata.get("high", 1e9)
         value = getattr(config, f.name)
         if low is not None and not low <= value <= high:  # NaN is in no range
-            flag = "--" + f.name.replace("_", "-")
-            raise data.InputError(f"{flag} must be from {low:g} to {high:g}, not {value}")
+            flag = f.name.replace("_", "-")
+            raise data.InputError(f"--{flag} must be from {low:g} to {high:g}, not {value}")
     if config.dim % config.heads:
         raise data.InputError(f"--heads {config.heads} must divide --dim {config.dim}")
     if config.clients_per_round > config.clients:
@@ -462,12 +460,13 @@ def label(config):
 
 def write(path, content):
     """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if path.suffix == ".pt":
-        torch.save(content, temporary)
-    else:
-        temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
+    with data.friendly_errors(f"{path} cannot be written", "free some space, rerun the command"):
+        if path.suffix == ".pt":
+            torch.save(content, temporary)
+        else:
+            temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(path)
 
 def open_run(config, dataset):
     """(folder, checkpoint) of a new run, or of one to resume. A folder of other settings or images,
@@ -513,7 +512,7 @@ def train(config, dataset):
     state = State(checkpoint["server"], checkpoint["history"])
     plan, costs = stages(config), replay(config, dataset.shape, state.history)
     for _ in state.history:
-        next(costs)  # what was paid before an interruption; new rows follow as they come
+        next(costs)  # paid before an interruption; replay() goes on with the list as it grows
 
     def after(state):
         write(folder / "checkpoint.pt", checkpoint | vars(state))
@@ -523,8 +522,8 @@ def train(config, dataset):
                           for b in range(stage.stop)) for kept in row["kept"].values()]
         print(f"{row['stage']:>5} {row['round']:>6} {np.mean(list(row['losses'].values())):7.3f} "
               f"{paid['download_bytes'] / 1e6:8.3f} {paid['upload_bytes'] / 1e6:8.3f} "
-              f"{peak_memory(config, stage, dataset.shape) / 2**20:9.1f} {row['seconds']:8.2f}  "
-              f"{' '.join(blocks[:3])}", flush=True)
+              f"{(peak_memory(config, stage, dataset.shape) or math.nan) / 2**20:9.1f} "
+              f"{row['seconds']:8.2f}  {' '.join(blocks[:3])}", flush=True)
 
     print(f"\n{label(config)}. Blocks are A active, + frozen, . dropped. Bytes and peak memory are "
           "one client's.\nstage  round    loss  down MB    up MB  peak MiB  seconds  blocks")
@@ -556,20 +555,21 @@ def main(arguments=None):
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config = Config(**given)
-        validate(config)
         dataset = data.load(config.data, config.cache, config.images)
         config = replace(config, **data.own_split(dataset, given))
+        validate(config)
         summary = open_run(config, dataset)[0] / "summary.json"
-        if summary.exists():
-            print(f"{summary.parent} is finished:\n{table(json.loads(summary.read_text()))}")
+        done = json.loads(summary.read_text()) if summary.exists() else {}
+        if "raw pixels" in done:
+            print(f"{summary.parent} is finished:\n{table(done)}")
             return
         mine = result(config, dataset, train(config, dataset))
-        write(summary, {label(config): mine})  # kept, should memory be short for raw pixels
+        write(summary, {label(config): mine})  # this row is kept if memory is short for the next
         raw = evaluate(None, dataset, data.recipe_name(config), pick_device(config))
         rows = {"raw pixels": raw, label(config): mine}
         if config.method != "e2e":
             whole = cost(replace(config, method="e2e"), dataset.shape)
-            ratio = {column: f"{whole[column] / mine[column]:.1f}x" for column in whole}
+            ratio = {name: f"{whole[name] / mine[name]:.1f}x" for name in whole if name in mine}
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         share = 100 * dataset.test_labels.bincount().max() / len(dataset.test_labels)

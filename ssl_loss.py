@@ -47,11 +47,11 @@ class ProjectionHead(nn.Sequential):
 
 def micro_batched_step(config, learner, stage, views):
     """fllw.local_step() with the graph of config.micro_batch images at a time (GradCache, Gao et
-    al. 2021): the same gradients in less memory, for a second forward pass of what trains."""
+    al. 2021): the same gradients in less memory, at the price of a second forward pass."""
     encoder, first, size = learner.encoder, stage.first, 2 * config.micro_batch  # 2: views
     autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
 
-    def run_active(x):  # tokens, or images where the embedding trains -> features [size, D]
+    def run_trained(x):  # tokens, or images where the embedding trains -> features [size, D]
         with autocast:
             return encoder.upper(x, first) if first else encoder(x)
 
@@ -60,7 +60,7 @@ def micro_batched_step(config, learner, stage, views):
             chunks = [encoder.lower(chunk, first) if first else chunk  # 1. frozen blocks, once
                       for chunk in views.split(size)]
         del views
-        h = torch.cat([run_active(chunk) for chunk in chunks])         # 2. all features, no graph
+        h = torch.cat([run_trained(chunk) for chunk in chunks])         # 2. all features, no graph
     h.requires_grad_()
     with autocast:
         z = learner.head(h)                                            # 3. head and loss, once
@@ -68,7 +68,7 @@ def micro_batched_step(config, learner, stage, views):
     del z
     loss.backward()
     for chunk, gradient in zip(chunks, h.grad.split(size)):
-        run_active(chunk).backward(gradient)                           # 4. each with its graph
+        run_trained(chunk).backward(gradient)                           # 4. each with its graph
     return loss.detach()
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -89,7 +89,7 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
     """Accuracies in % of one logistic regression on frozen, standardised features: a number for
     each of tests, which are pairs (features [M, D], labels [M]). train: [N, D]. The L2 penalty is
     chosen on a fifth of the *training* features; then the regression is fitted on all of them."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, std = train.mean(0), train.std(0).nan_to_num().clamp(min=1e-6)
     train = (train - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     order = order.to(train.device)
@@ -103,7 +103,7 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
         weights = logistic(train[fit], train_labels[fit], penalty)
         return accuracy(weights, train[held], train_labels[held])
 
-    best = max(penalties, key=held_out) if len(held) and penalties[1:] else penalties[0]
+    best = max(penalties, key=held_out) if len(held) and len(penalties) > 1 else penalties[0]
     weights = logistic(train, train_labels, best)
     return [accuracy(weights, (test - mean) / std, labels) for test, labels in tests]
 
@@ -172,7 +172,7 @@ def evaluate(encoder, dataset, recipe, device="cpu"):
             "moved_knn": knn(train, labels, moved, truth), "moved_probe": moved_probe,
             "ten_labels": few_labels(train, labels, test, truth)}
 
-COLUMNS = {  # of a table: (heading, unit, digits)
+COLUMNS = {  # of a table: (heading, divisor, digits)
     "knn": ("k-NN %", 1, 1), "linear_probe": ("probe %", 1, 1), "moved_knn": ("moved k-NN", 1, 1),
     "moved_probe": ("moved probe", 1, 1), "ten_labels": ("10 labels", 1, 1),
     "peak_memory_bytes": ("peak MiB", 2**20, 1), "macs": ("GMAC/image", 1e9, 2),
