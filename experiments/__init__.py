@@ -14,6 +14,8 @@ from data import InputError
 from ssl_loss import COLUMNS
 
 RESULTS = Path(__file__).parent / "results"
+SHOWN = {name: COLUMNS[name] for name in ("knn", "moved_knn", "ten_labels", "peak_memory_bytes")}
+SHOWN |= {"macs": ("GMAC", 1e9, 2), "bytes": ("MB", 1e6, 0)}  # down and up; the file has the rest
 
 def plain_name(text):
     """For --save: the name of a file without its folder and ending."""
@@ -47,10 +49,23 @@ def settings(defaults, given, fixed=()):
 
 def add(rows, name, columns):
     """Add one seed's columns {name: number} to a row of a table {name: {column: numbers}}."""
+    if "upload_bytes" in columns:
+        columns = columns | {"bytes": columns["download_bytes"] + columns["upload_bytes"]}
     for column, number in columns.items():
         rows.setdefault(name, {}).setdefault(column, []).append(number)
 
-def show(experiment, rows, save=None, columns=COLUMNS, **more):
+def macs(config, image_shape):
+    """Multiply-accumulates of a whole run for one image: the mean over at most ten clients."""
+    clients = range(min(config.clients_per_round or config.clients, 10))
+    total = 0
+    for stage in fllw.stages(config):
+        for number in stage.rounds:
+            for client in clients:
+                kept = fllw.sample_kept_blocks(config, stage, number, client)
+                total += config.local_epochs * config.macs(stage, kept, image_shape)
+    return total / len(clients)
+
+def show(experiment, rows, save=None, columns=SHOWN, **more):
     """Print a table of rows, mean and standard deviation over seeds. Before that keep its numbers
     in results/SAVE.json, with the command and what more there is."""
     if save:
@@ -58,5 +73,6 @@ def show(experiment, rows, save=None, columns=COLUMNS, **more):
         command = " ".join([f"python -m experiments.{experiment}", *sys.argv[1:]])
         RESULTS.mkdir(exist_ok=True)
         fllw.write(RESULTS / f"{save}.json", {
-            "command": command, "where": f"torch {torch.__version__}, {where}", "rows": rows, **more})
+            "command": command, "where": f"torch {torch.__version__}, {where}", "rows": rows,
+            **more})
     print(f"\n{fllw.table(rows, columns)}")

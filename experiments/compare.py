@@ -42,11 +42,10 @@ def row_of(key, config, image_shape):
     changes, other = ROWS[key]
     row = replace(config, **changes)
     fllw.validate(row)
-    if other:
-        mine, theirs = (fllw.cost(replace(one, seed=0), image_shape)["macs"]
-                        for one in (row, replace(config, **ROWS[other][0])))
-        rounds = round(config.rounds * theirs / mine)
-        row = replace(row, rounds=max(rounds, len(fllw.stages(row))))
+    allowed = other and experiments.macs(replace(config, seed=0, **ROWS[other][0]), image_shape)
+    for _ in range(4 if other else 0):  # rounds do not all cost the same
+        spent = experiments.macs(replace(row, seed=0), image_shape)
+        row = replace(row, rounds=max(round(row.rounds * allowed / spent), row.depth))
     return row
 
 def name_of(key, row):
@@ -121,7 +120,8 @@ def read_flags(parser, arguments, default):
     for rate in flags["rates"]:
         fllw.validate(replace(config, lr=rate))
     dataset = data.load(config.data, config.cache, config.images)
-    out = data.expand(config.out or f"runs/compare-{Path(config.data).stem}")
+    config = replace(config, **data.own_split(dataset, given))
+    out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     return config, flags, dataset, out
 
 def main(arguments=None):

@@ -1,150 +1,130 @@
 """What is an encoder worth to somebody who fine-tunes all of it with labels?
 
-    python -m experiments.finetune --rows scratch one-block fll fdd --labels 0 10 --seeds 0 1 2
+    python -m experiments.finetune --rows one-block fll --controls scratch one-block-fresh
 
-The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647: 40 epochs of AdamW). The encoders
-are those of experiments.compare, with the same flags and --out. The strongest control of a deep one
-is a small one with fresh blocks or identities put on top just before: the deployed model is alike.
+On CIFAR-10 six blocks are worth more than one or two, but the upper ones need no pre-training: one
+block or two are level with FLL if untrained blocks are put on top just before. On the digits, with
+ten labels a class, two blocks in micro-batches are ahead of FLL.
+
+The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647); ours are smaller, on other images.
+Rows, flags and --out are those of experiments.compare. The strongest control of a deep encoder is a
+small one with blocks put on top just before: fresh ones, or identities, which return their input.
 """
-if not __package__:  # as a script, it would not find fllw.py
-    raise SystemExit("run this from the repository's folder: python -m experiments.finetune")
-
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
+import experiments
 import fllw
 from data import InputError
-from experiments import add, compare, show
-from ssl_loss import first_of_each_class
+from experiments import compare
+from ssl_loss import features, first_of_each_class
 
 TUNING = 100  # what its draws are for
-MILD = {  # views that keep their class, for fine-tuning
+MILD = {  # views that keep their class
     "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
     "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
-SCRATCH = {"scratch": "from scratch", "scratch-one": "one block from scratch"}
-GROWN = {  # encoders deepened just before fine-tuning: row -> (whose encoder, how, in words)
-    "one-block-fresh": ("one-block-compute", "fresh", "fresh blocks"),
-    "one-block-identity": ("one-block-compute", "zero", "identities"),
-    "two-blocks-micro-identity": ("two-blocks-micro-compute", "zero", "identities"),
-    "two-blocks-identity": ("two-blocks-compute", "zero", "identities")}
-HOME = {key: home for key, (home, *_) in GROWN.items()}
+CONTROLS = {  # name: the row of compare that it starts from
+    "scratch": "untrained", "scratch-one": "one-block", "one-block-fresh": "one-block",
+    "one-block-identity": "one-block", "two-blocks-identity": "two-blocks"}
 
-def finetune(encoder, dataset, recipe, generator, epochs=40, warmup=10, batch_size=256, lr=1e-3,
-             weight_decay=1e-5, labels_per_class=0, amp=False):
-    """Test accuracy in % after supervised training of a copy of `encoder` and a classifier, as in
-    Tun et al. 2024: AdamW, linear warm-up, one cosine. recipe: a mild data.Recipe; generator: all
-    randomness, on the encoder's device; labels_per_class: training images, 0: all."""
-    device = generator.device
-    order = torch.randperm(len(dataset.train_labels), device=device, generator=generator).cpu()
-    if labels_per_class:
-        order = first_of_each_class(dataset.train_labels, order, labels_per_class)
+def finetune(config, encoder, dataset, epochs=40, per_class=0, draw=0):
+    """Test accuracy in % after supervised training of a copy of the encoder and a classifier, with
+    AdamW, a linear warm-up and one cosine. config: for its seed, views, device and amp; per_class:
+    so many labels of each class, 0: all; draw: randomness derives from it and the seed."""
+    device, recipe = fllw.pick_device(config), MILD[data.recipe_name(config)]
+    seed = fllw.rng(config, TUNING, draw).integers(2**63)
+    draws = torch.Generator(device).manual_seed(int(seed))
+    order = torch.randperm(len(dataset.train_labels), device=device, generator=draws).cpu()
+    order = order[dataset.train_labels[order] >= 0]  # -1: no label
+    if per_class:
+        order = first_of_each_class(dataset.train_labels, order, per_class)
     images, labels = dataset.train_images[order].to(device), dataset.train_labels[order].to(device)
-    encoder = copy.deepcopy(encoder).requires_grad_().train()
-    dim = encoder(data.normalise(images[:1])).shape[1]
-    classifier = nn.Linear(dim, dataset.classes, device=device)
+    encoder = copy.deepcopy(encoder).to(device).requires_grad_().train()
+    classes = 1 + int(max(dataset.train_labels.max(), dataset.test_labels.max()))
+    classifier = nn.Linear(len(encoder.norm.weight), classes, device=device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(encoder, classifier)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    steps, warmup = math.ceil(len(images) / batch_size), min(warmup, epochs / 4)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-5, fused=True)
+    batch = 32 if per_class else 256  # few labels in large batches: too few steps
+    steps, warmup = math.ceil(len(images) / batch), min(10, epochs / 4)
     for epoch in range(epochs):
-        batches = torch.randperm(len(images), device=device, generator=generator).split(batch_size)
+        batches = torch.randperm(len(images), device=device, generator=draws).split(batch)
         for step, chosen in enumerate(batches, 1):
             now = epoch + step / steps
             cosine = (1 + math.cos(math.pi * max(0, now - warmup) / (epochs - warmup))) / 2
-            optimizer.param_groups[0]["lr"] = lr * min(now / warmup, cosine)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = model(data.view(images[chosen], recipe, generator))
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(now / warmup, cosine)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                logits = model(data.view(images[chosen], recipe, draws))
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), labels[chosen]).backward()
             optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        guesses = torch.cat([model(data.normalise(part.to(device))).argmax(1).cpu()
-                             for part in dataset.test_images.split(500)])
+    guesses = features(model.eval(), dataset.test_images, device=device).argmax(1).cpu()
     return 100 * (guesses == dataset.test_labels).double().mean().item()
 
-def deepen(config, encoder, depth, new_block, shape):
-    """The encoder with `depth` blocks; the new ones are made by fllw.grow()."""
-    deep = replace(config, depth=depth, new_block=new_block)
-    server = fllw.broadcast(fllw.initial(config, shape), ())  # for the head
-    server |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    every = tuple(range(depth))
-    fllw.grow(deep, server, fllw.Stage(1, every, every, 1), shape)
-    return fllw.encoder_of(deep, server, shape)
+def encoder_of(key, row, server, depth, image_shape):
+    """The encoder that a row fine-tunes: the server's, an untrained one, or the server's with new
+    blocks on top, `depth` in all: fresh ones, or copies whose output layers are 0, identities."""
+    tensors = {} if key.startswith("scratch") else dict(server)
+    if key.endswith(("fresh", "identity")):
+        row = replace(row, depth=depth)
+    if key.endswith("identity"):
+        fllw.grow(tensors, fllw.Stage(1, 0, 0, depth, range(1)))  # adds copies of the last block
+        for name in tensors.keys() - server.keys():
+            if ".attn.proj." in name or ".mlp.fc2." in name:
+                tensors[name] = torch.zeros_like(tensors[name])
+    return fllw.encoder_of(row, fllw.initial(row, image_shape) | tensors, image_shape)
 
-def encoder_of(key, row, dataset, depth):
-    """The encoder that a row fine-tunes. It has been trained by compare.measure() before."""
-    if key in SCRATCH:
-        return fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
-    encoder = fllw.load_encoder(row.out)
-    return deepen(row, encoder, depth, GROWN[key][1], dataset.shape) if key in GROWN else encoder
-
-def tune(key, row, dataset, out, depth, epochs, counts, draws):
-    """Columns of a row: test accuracies after fine-tuning on each of `counts` labels a class, 0: on
-    all; with few labels the mean of several draws. Kept in OUT/KEY-seedN-finetuned.json."""
-    home = HOME.get(key, key)
-    row = replace(row, out=str(out / f"{home}-seed{row.seed}"))
-    if key not in SCRATCH:
-        compare.measure(home, row, dataset, out)
-    out.mkdir(parents=True, exist_ok=True)
-    path, device = out / f"{key}-seed{row.seed}-finetuned.json", fllw.pick_device(row)
-    with data.friendly_errors(f"{path} is damaged", "delete it and rerun the command"):
-        saved = json.loads(path.read_text()) if path.exists() else {}
-    mild = MILD["digits" if fllw.recipe_name(row) == "digits" else "natural"]
-    columns = {}
-    for count in counts:
-        accuracies, batch = [], 32 if count else 256  # few labels in large batches: too few steps
-        for draw in range(draws if count else 1):
-            name = f"{count or 'all'} labels a class, {epochs} epochs of {batch}, draw {draw}"
+def tune(config, encoder, dataset, path, flags):
+    """{column: test accuracy} for each of --labels, the mean over draws; it is kept in a file."""
+    columns, saved = {}, json.loads(path.read_text()) if path.exists() else {}
+    workers = config.workers or torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1]) as pool:
+        for count in flags["labels"]:
+            draws = flags["draws"] if count else 1
+            name = f"{count or 'all'} labels a class, {flags['epochs']} epochs, {draws} draws"
             if name not in saved:
-                encoder = encoder_of(key, row, dataset, depth).to(device)
-                draws_of = fllw.generator(row, device, TUNING, draw)
-                with fllw.one_thread():
-                    saved[name] = finetune(encoder, dataset, mild, draws_of, epochs,
-                                           batch_size=batch, labels_per_class=count, amp=row.amp)
+                work = partial(finetune, config, encoder, dataset, flags["epochs"], count)
+                saved[name] = sum(pool.map(work, range(draws))) / draws
                 fllw.write(path, saved)
-            accuracies.append(saved[name])
-        columns[f"finetuned_{count}"] = sum(accuracies) / len(accuracies)
+            columns[f"finetuned_{count}"] = saved[name]
     return columns
 
-def main():
-    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.finetune")
+def main(arguments=None):
+    parser = experiments.make_parser("finetune", __doc__)
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=["scratch"])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--labels", nargs="+", type=int, default=[0], help="a class; 0: all")
     parser.add_argument("--draws", type=int, default=5, help="of few labels, for each seed")
-    keys = [*SCRATCH, *compare.variants(fllw.Config()), *compare.MATCHED, *GROWN]
-    config, flags = compare.arguments(parser, keys, "scratch one-block-compute fll")
-    epochs, counts, draws = (flags["more"][name] for name in ("epochs", "labels", "draws"))
-    if min(epochs, draws) < 1 or min(counts) < 0:
-        raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
-    for key in [key for key in flags["rows"] if key in GROWN]:
-        if config.depth <= (1 if key.startswith("one") else 2):
-            raise InputError(f"--depth {config.depth} leaves nothing to put on top in {key}")
-    dataset, rows = data.load(config.data, config.cache, config.images), {}
-    out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
-    trained = [HOME.get(key, key) for key in flags["rows"] if key not in SCRATCH]
-    plan = compare.settings_of({**flags, "rows": trained}, config, dataset, out)
-    plan |= {"scratch": config, "scratch-one": replace(config, depth=1)}
-
-    for seed in flags["seeds"]:
-        for key in flags["rows"]:
-            row = replace(plan[HOME.get(key, key)], seed=seed)
-            name = SCRATCH.get(key) or compare.name_of(HOME.get(key, key), row, config)
-            if key in GROWN:
-                name += f", {config.depth - row.depth} {GROWN[key][2]} on top"
-            add(rows, name, tune(key, row, dataset, out, config.depth, epochs, counts, draws))
-    columns = {f"finetuned_{count}": (f"{count or 'all'} labels", 1, 1) for count in counts}
-    show(rows, flags["save"], "finetune", columns)
-    print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}; labels: a class")
+    with data.sentences(parser):
+        config, flags, dataset, out = compare.read_flags(parser, arguments, "one-block fll")
+        if min(flags["epochs"], flags["draws"], 1 + min(flags["labels"])) < 1:
+            raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
+        if "raw" in flags["rows"] or dataset.train_labels.max() < 0:
+            raise InputError("fine-tuning needs an encoder (--rows raw is none) and labels")
+        homes = {key: CONTROLS.get(key, key) for key in [*flags["rows"], *flags["controls"]]}
+        rows, started = {}, dict.fromkeys(homes.values())
+        plan, _ = compare.plan_rows(started, config, dataset, out, flags["rates"])
+        for seed in flags["seeds"]:
+            for key, home in homes.items():
+                row = replace(plan[home], seed=seed, out=str(out / f"{home}-seed{seed}"))
+                compare.measure(home, row, dataset, out)  # trains it if that has not been done
+                folder, checkpoint = fllw.open_run(row, dataset)
+                encoder = encoder_of(key, row, checkpoint["server"], config.depth, dataset.shape)
+                name = key if key in CONTROLS else compare.name_of(key, row)
+                path = folder / f"finetuned-{key}.json"
+                experiments.add(rows, name, tune(row, encoder, dataset, path, flags))
+        columns = {f"finetuned_{n}": (f"{n or 'all'} labels", 1, 1) for n in flags["labels"]}
+        experiments.show("finetune", rows, flags["save"], columns)
 
 if __name__ == "__main__":
-    fllw.command(main)
+    main()

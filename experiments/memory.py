@@ -47,12 +47,6 @@ ROWS = {"end-to-end": fllw.Config(**PHONE | WHOLE),
         "one block": fllw.Config(**PHONE | WHOLE | {"depth": 1}),
         "two blocks": fllw.Config(**PHONE | WHOLE | {"depth": 2})}
 
-def macs(config):
-    """Over all rounds, the mean over the clients, which differ in what they drop."""
-    return sum(config.macs(stage, fllw.sample_kept_blocks(config, stage, number, client), SHAPE)
-               for stage in fllw.stages(config) for number in stage.rounds
-               for client in range(config.clients)) * config.local_epochs / config.clients
-
 def main():
     parser = argparse.ArgumentParser("python -m experiments.memory", description=__doc__)
     parser.add_argument("--save", help="also keep the table as experiments/results/SAVE.json")
@@ -64,7 +58,8 @@ def main():
                       for size, micro in sizes.items()}
         rows[name]["floor"] = sum(tensor.nbytes * (4 if last.trains(tensor_name) else 1)
                                   for tensor_name, tensor in fllw.initial(config, SHAPE).items())
-        rows[name] |= {"macs": macs(config), "micro_macs": macs(replace(config, micro_batch=1))}
+        rows[name] |= {"macs": experiments.macs(config, SHAPE)}
+        rows[name]["micro_macs"] = experiments.macs(replace(config, micro_batch=1), SHAPE)
     columns = {size: (f"{size}, MiB", 2**20, 0) for size in (*sizes, "floor")}
     columns |= {"macs": ("GMAC", 1e9, 0), "micro_macs": ("in micro", 1e9, 0)}
     experiments.show("memory", rows, save, columns)

@@ -1,55 +1,58 @@
-"""Tests of finetune.py: what is put on top of one block; the encoder given stays as it is."""
-import sys
+"""Tests of finetune.py: what is put on top of an encoder, who is trained, and what is kept."""
 from dataclasses import replace
 
-import pytest
 import torch
 
 import data
 import fllw
-from experiments import finetune
+from experiments import compare, finetune
+from experiments.test_experiments import FLAGS, npz, same_tensors, unmetered  # noqa: F401
 from ssl_loss import features
 
-ONE = fllw.Config(dim=16, heads=4, depth=1, head_hidden=8, head_dim=8)
+ONE = fllw.Config(dim=16, heads=4, depth=1, head_hidden=8, head_dim=8, device="cpu")
 SHAPE = (1, 28, 28)
 
-def one_block():
-    return fllw.encoder_of(ONE, fllw.initial(replace(ONE, seed=3), SHAPE), SHAPE)
+def tuned(key, depth, whole):
+    """The encoder that is tuned, and the one that was trained, of `depth` blocks."""
+    config = replace(ONE, depth=depth)
+    server = fllw.initial(replace(config, seed=3), SHAPE)
+    return (finetune.encoder_of(key, config, server, whole, SHAPE),
+            fllw.encoder_of(config, server, SHAPE))
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_identities_on_top_change_no_feature(depth):
-    images, small = data.load("mnist5k").test_images[::100], replace(ONE, depth=depth)
-    encoder = fllw.encoder_of(small, fllw.initial(small, SHAPE), SHAPE)
-    deep = finetune.deepen(small, encoder, 3, "zero", SHAPE)
-    assert len(deep.blocks) == 3
-    torch.testing.assert_close(features(deep, images), features(encoder, images))
+def test_where_the_blocks_of_an_encoder_come_from():
+    pixels = data.load("mnist5k").test_images[::100]
+    for depth in (1, 2):
+        deep, own = tuned("one-block-identity", depth, 4)
+        torch.testing.assert_close(features(deep, pixels), features(own, pixels))
+        assert len(deep.blocks) == 4 and deep.blocks["3"].mlp.fc1.weight.any()
+    for key, depth, whole in (("one-block-fresh", 1, 4), ("scratch-one", 1, 1), ("fll", 2, 2)):
+        deep, own = (encoder.state_dict() for encoder in tuned(key, depth, whole))
+        fresh = fllw.initial(replace(ONE, depth=whole), SHAPE)
+        fresh = fllw.encoder_of(ONE, fresh, SHAPE).state_dict()
+        assert same_tensors(deep, fresh if key == "scratch-one" else fresh | own)
 
-@pytest.mark.parametrize("new_block", ["copy", "fresh"])
-def test_copies_and_fresh_blocks_come_from_where_they_should(new_block):
-    deep = finetune.deepen(ONE, one_block(), 3, new_block, SHAPE)
-    fresh = fllw.initial(replace(ONE, depth=3), SHAPE)
-    for name, tensor in deep.state_dict().items():
-        source = one_block().state_dict().get(name)
-        if fllw.block_of(name) in (1, 2):
-            lowest = name.replace(f"blocks.{fllw.block_of(name)}.", "blocks.0.")
-            source = (one_block().state_dict()[lowest] if new_block == "copy"
-                      else fresh[f"encoder.{name}"])
-        assert torch.equal(tensor, source), name
-
-def test_fine_tuning_learns_and_leaves_the_encoder_alone():
+def test_fine_tuning_learns_from_labels_and_leaves_the_encoder_alone():
     dark_and_bright = torch.tensor([0, 1]).repeat(40)
-    images = (200 * dark_and_bright).byte()[:, None, None, None].expand(-1, *SHAPE).contiguous()
-    easy = data.Dataset(images, dark_and_bright, images[:10], dark_and_bright[:10])
-    encoder = one_block()
+    pixels = (200 * dark_and_bright).byte()[:, None, None, None].expand(-1, *SHAPE).contiguous()
+    labels = dark_and_bright.where(torch.arange(80) < 60, -1)  # the last ones have no label
+    easy = data.Dataset(pixels, labels, pixels[:10], dark_and_bright[:10])
+    encoder, _ = tuned("fll", 1, 1)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    accuracy = finetune.finetune(encoder, easy, finetune.MILD["digits"],
-                                 torch.Generator().manual_seed(0), epochs=8, batch_size=16)
-    assert accuracy == 100
-    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    for per_class, epochs in ((0, 20), (10, 8)):
+        assert finetune.finetune(ONE, encoder, easy, epochs, per_class) == 100
+    assert same_tensors(encoder.state_dict(), before)
 
-@pytest.mark.parametrize("row, depth", [("one-block-fresh", 1), ("two-blocks-micro-identity", 2)])
-def test_a_row_without_room_for_blocks_on_top_is_refused(row, depth, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["finetune", "--rows", row, "--depth", str(depth)])
-    monkeypatch.setattr(data, "load", None)  # it is refused before anything is read
-    with pytest.raises(data.InputError, match=f"--depth {depth} leaves nothing to put on top"):
-        finetune.main()
+def test_the_command_tunes_what_compare_trained_and_computes_nothing_twice(
+        npz, tmp_path, monkeypatch, capsys, unmetered):  # noqa: F811
+    flags = [*FLAGS, "--data", str(npz), "--lr", "1e-3", "--out", str(tmp_path), "--rows"]
+    compare.main([*flags, "untrained", "one-block", "fll"])
+    monkeypatch.setattr(fllw, "train", None)  # would fail if an encoder were trained again
+    flags += "fll --controls scratch scratch-one one-block-identity --labels 0 7 --draws 3".split()
+    for finetuned in (lambda config, encoder, dataset, epochs, count, draw:
+                      10 * len(encoder.blocks) + count + draw**2, None):
+        monkeypatch.setattr(finetune, "finetune", finetuned)
+        finetune.main(flags)
+        table = capsys.readouterr().out.splitlines()[-4:]  # on all labels: one draw
+        assert [line.split() for line in table] == [
+            ["FLL,", "2", "rounds", "20.0", "28.7"], ["scratch", "20.0", "28.7"],
+            ["scratch-one", "10.0", "18.7"], ["one-block-identity", "20.0", "28.7"]]
