@@ -2,148 +2,129 @@
 
     python -m experiments.early_stopping
 
+Ending early saves half of a vision transformer's rounds at no loss of accuracy; tuning the rate
+does not pay. One block is level with that or ahead, for more compute and bytes.
+
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
-Stopping at Each Layer" (BMVC 2024). There one machine has labels and both rules follow a separation
-index, which needs them. Here each client holds back a tenth of its images and reports, instead of
-its training loss, the NT-Xent of the model it receives on them. A stage starts with twice --lr; a
-round that does not lower the clients' mean halves the rate (a line search, a trial a round); after
-a few such rounds in a row it is over. Rerun the command to resume.
-"""
-if not __package__:  # as a script, it would not find fllw.py
-    raise SystemExit("run this from the repository's folder: python -m experiments.early_stopping")
-
-import itertools
+Stopping at Each Layer" (BMVC 2024), who follow a separation index, which needs labels. Here a
+client's loss is the NT-Xent of the model that it receives, on a tenth of its images, held out. A
+round fails if it does not lower the clients' mean loss; PATIENCE failures in a row end a stage.
+Tuned, a stage starts with twice --lr, and each failure halves the rate. Evenly: early's rounds."""
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import mean
 
-import torch.nn.functional as F
+import torch
 from torch import nn
 
 import data
+import experiments
 import fllw
-from experiments import add, once, settings, show
 from ssl_loss import COLUMNS, nt_xent
 
-HELD_OUT = 200  # what its draws are for
-CASES = {"all rounds": {"patience": 0}, "early": {"tuned": False}, "early tuned": {},
-         "as many evenly": {"patience": 0},
-         "one block": {"patience": 0, "method": "e2e", "depth": 1}}
+PATIENCE, TOLERANCE = 2, 0.03  # rounds; nats: a loss that falls by less does not count as lower
 
-@dataclass(frozen=True)
-class Settings(fllw.Config):
-    encoder: str = "vit"  # or "cnn"
-    patience: int = 2  # rounds; 0: every stage has all its rounds, and a cosine
-    tolerance: float = 0.03
-    tuned: bool = True  # or the rate is --lr throughout
-
-    def learner(self, image_shape):
-        learner = super().learner(image_shape)
-        if self.encoder == "cnn":
-            learner.encoder = CNN(self, image_shape)
-        return learner
-
-    def macs(self, stage, kept, image_shape):
-        if self.encoder == "vit":
-            return super().macs(stage, kept, image_shape)
-        height, width = image_shape[1:]
-        total = 3 * self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
-        for name, tensor in fllw.initial(self, image_shape, "meta").items():
-            if tensor.ndim == 4 and fllw.block_of(name) in stage.present:
-                height, width = (height + 1) // 2, (width + 1) // 2
-                total += (3 if stage.trains(name) else 1) * height * width * tensor.numel()
-        return 2 * total  # as fllw.count_macs does
-
-@dataclass(frozen=True)
-class Stage(fllw.Stage):
-    rate: float
-
-class CNN(nn.Module):  # blocks of conv 3x3, norm, ReLU halve the image and double the channels
-    def __init__(self, config, shape):
+class CNN(nn.Module):
+    """Blocks of convolution, norm and ReLU halve the image and double the channels, up to --dim."""
+    def __init__(self, config, image_shape, blocks):
         super().__init__()
-        self.dim, before, self.blocks = config.dim, shape[0], nn.ModuleList()
-        for b in reversed(range(config.depth)):
-            after = min(max(4, config.dim >> b), config.dim)
-            self.blocks.append(nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1),
-                                             nn.GroupNorm(1, after), nn.ReLU()))
-            before = after
+        self.dim, self.blocks = config.dim, nn.ModuleDict()
+        after = [max(1, config.dim >> b) for b in reversed(range(config.depth))]  # channels
+        before = [image_shape[0], *after]
+        for b in blocks:
+            convolution = nn.Conv2d(before[b], after[b], 3, stride=2, padding=1)
+            self.blocks[str(b)] = nn.Sequential(convolution, nn.GroupNorm(1, after[b]), nn.ReLU())
 
-    def lower(self, images, stop):
-        return nn.Sequential(*self.blocks[:stop])(images)
+    def lower(self, x, first):  # [B, C, H, W]
+        return nn.Sequential(*list(self.blocks.values())[:first])(x)
 
-    def upper(self, x, start):
-        x = nn.Sequential(*self.blocks[start:])(x).mean((2, 3))
-        return F.pad(x, (0, self.dim - x.shape[1]))  # the head is as wide at every stage
+    def upper(self, x, first):
+        x = nn.Sequential(*list(self.blocks.values())[first:])(x).mean((2, 3))  # [B, channels]
+        return nn.functional.pad(x, (0, self.dim - x.shape[1]))  # the head is as wide throughout
 
     def forward(self, images):
         return self.upper(images, 0)
 
-def follow(losses, patience, tolerance):
-    """(how often the losses did not fall, after how many they had not `patience` times running).
+class CNNConfig(fllw.Config):
+    @staticmethod
+    def learner(config, image_shape, blocks):
+        result = fllw.Learner(config, image_shape, blocks)
+        result.encoder = CNN(config, image_shape, blocks)
+        return result
 
-    NaN is the loss of a round in which nobody answered: it says nothing."""
-    best, failures, in_a_row = math.inf, 0, 0
-    for done, loss in enumerate(losses, 1):
-        if math.isnan(loss):
-            continue
-        if loss < best - tolerance:
-            best, in_a_row = loss, 0
-        else:
-            failures, in_a_row = failures + 1, in_a_row + 1
-        if in_a_row == patience:
-            return failures, done
-    return failures, None
+    def macs(self, stage, kept, image_shape):  # counted as fllw.count_macs() does
+        total = 3 * self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
+        with torch.device("meta"):
+            encoder = CNN(self, image_shape, kept)
+        for b, block in encoder.blocks.items():
+            pixels = math.prod(math.ceil(side / 2 ** (int(b) + 1)) for side in image_shape[1:])
+            total += pixels * block[0].weight.numel() * (3 if int(b) >= stage.first else 1)
+        return 2 * total
 
-def plan(config, history):
-    """fllw.stages, each as long as its held-out loss falls, with its rate."""
-    result = []
+@dataclass(frozen=True)
+class Stage(fllw.Stage):
+    rate: float  # the learning rate of all its steps
+
+def early_plan(config, state, factor):
+    """Yields stages of one round each. Rates start at factor * lr; a failure divides by it."""
     for stage in fllw.stages(config):
-        losses = [fllw.mean_loss(row) for row in history if row["stage"] == stage.number]
-        failures, over = follow(losses, config.patience, config.tolerance)
-        rate = 2 * config.lr / 2**failures if config.tuned else config.lr
-        result.append(Stage(stage.number, stage.present, stage.active, over or stage.rounds, rate))
-    return result
+        rate, best, failures = factor * config.lr, math.inf, 0
+        for _ in stage.rounds:  # it may be shorter, never longer
+            number = len(state.history) + 1
+            yield Stage(**vars(stage) | {"rounds": range(number, number + 1), "rate": rate})
+            loss = mean(state.history[-1]["losses"].values())
+            if loss < best - TOLERANCE:
+                best, failures = loss, 0
+            else:
+                failures += 1
+                rate /= factor
+            if failures == PATIENCE:
+                break
 
-def early_train(config, stage, message, images, round_number, client, progress=0.0):
-    """A client's work; its loss is that of the model received on a tenth of its images, held out.
-    Two batches always stay to train on; a client with no more reports its training loss."""
-    held = max(0, min(len(images) // 10, len(images) - 2 * config.batch_size))
-    forever = replace(stage, rounds=10**9)  # its cosine stays at the top
-    upload, losses = fllw.local_train(replace(config, lr=stage.rate), forever, message,
-                                      images[held:], round_number, client)
-    if held:
-        learner = fllw.assemble(config, message, images.shape[1:]).requires_grad_(False)
-        same = fllw.generator(config, images.device, HELD_OUT, client)  # views in every round
-        views = data.two_views(images[:held], data.RECIPES[fllw.recipe_name(config)], same)
-        z = learner.head(learner.encoder(views))
-        losses = nt_xent(*z.chunk(2), config.temperature)
-    return upload, losses
+def early_train(config, stage, message, images, round_number, client):
+    """A client trains on nine tenths of its images; its loss is from the other tenth."""
+    held = max(1, len(images) // 10)
+    endless = replace(stage, rounds=range(round_number, 10**9))  # its cosine stays at the top
+    upload, _, count = fllw.local_train(replace(config, lr=stage.rate), endless, message,
+                                        images[held:], round_number, client)
+    learner = fllw.learner_of(config, message, images.shape[1:]).requires_grad_(False)
+    same = torch.Generator().manual_seed(config.seed)  # the same views in every round
+    views = data.two_views(images[:held], data.RECIPES[data.recipe_name(config)], same)
+    z = learner.head(learner.encoder(views))
+    return upload, nt_xent(*z.chunk(2), config.temperature), count
 
-def run(config, dataset):
-    """The columns of a row with one seed."""
-    train_client = early_train if config.patience else fllw.local_train
-    plan_of = plan if config.patience else fllw.stages
-
-    def work(folder, state):
-        encoder, history = fllw.train(config, dataset, folder, state, train_client, plan=plan_of)
-        columns = fllw.result(config, dataset, encoder, history, train_client, plan_of)
-        return columns | {"rounds": len(history)}
-    return once(config, dataset, "early_stopping", work)
+def measure(config, dataset, factor=None):
+    """The columns of a row with one seed. factor: for early_plan(); None: do not end early."""
+    clients, state = data.split(dataset, config.clients, config.alpha, config.seed), fllw.State()
+    if isinstance(config, CNNConfig):  # new blocks are fresh; their first download is not counted
+        state.server |= fllw.initial(config, dataset.shape)
+    plan = early_plan(config, state, factor) if factor else None
+    train_client = early_train if factor else fllw.local_train
+    fllw.federate(config, clients, state, plan, train_client)
+    paid = sum(map(Counter, fllw.replay(config, dataset.shape, state.history)), Counter())
+    return {"rounds": len(state.history)} | fllw.result(config, dataset, state) | paid
 
 def main(arguments=None):
-    parser = fllw.Parser(__doc__.split("\n\n")[0], prog="python -m experiments.early_stopping")
-    defaults = Settings(images=1000, rounds=60, depth_dropout=0.0, out="runs/early")
-    fixed = {"method", "new_block", "depth_dropout", "micro_batch", "seed"}
-    config, flags = settings(parser, arguments, defaults, fixed)
-    dataset, rows = data.load(config.data, config.cache, config.images), {}
-    for encoder, (case, change) in itertools.product(("cnn", "vit"), CASES.items()):
-        new_block = "copy" if encoder == "vit" else "fresh"  # blocks of a CNN differ in shape
-        one = replace(config, encoder=encoder, new_block=new_block, **change)
-        for i, seed in enumerate(flags["seeds"]):
-            if case == "as many evenly":
-                one = replace(one, rounds=rows[f"{encoder} early tuned"]["rounds"][i])
-            folder = f"{config.out}/{encoder}-{case.replace(' ', '-')}-{seed}"
-            add(rows, f"{encoder} {case}", run(replace(one, seed=seed, out=folder), dataset))
-    show(rows, flags["save"], "early_stopping", {"rounds": ("rounds", 1, 1), **COLUMNS})
+    parser, table = experiments.make_parser("early_stopping", __doc__), {}
+    with data.sentences(parser):
+        given = vars(parser.parse_args(arguments))
+        defaults = fllw.Config(images=1000, rounds=60, depth_dropout=0.0)
+        fixed = ("method", "depth_dropout", "micro_batch", "out")
+        config, flags = experiments.settings(defaults, given, fixed)
+        dataset = data.load(config.data, config.cache, config.images)
+        config = replace(config, **data.own_split(dataset, given))
+        for seed in flags["seeds"]:
+            for encoder, kind in {"cnn": CNNConfig, "vit": fllw.Config}.items():
+                one = kind(**vars(config) | {"seed": seed})
+                rows = {"all rounds": measure(one, dataset), "early": measure(one, dataset, 1),
+                        "early tuned": measure(one, dataset, 2)}
+                rows["evenly"] = measure(replace(one, rounds=rows["early"]["rounds"]), dataset)
+                rows["one block"] = measure(replace(one, method="e2e", depth=1), dataset)
+                for name, columns in rows.items():
+                    experiments.add(table, f"{encoder} {name}", columns)
+        columns = {"rounds": ("rounds", 1, 1), **COLUMNS}
+        experiments.show("early_stopping", table, flags["save"], columns)
 
 if __name__ == "__main__":
-    fllw.command(main)
+    main()

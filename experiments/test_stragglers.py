@@ -1,70 +1,68 @@
-"""Tests of stragglers.py against enumeration, sampling and arithmetic by hand."""
+"""Tests of stragglers.py, against enumeration, sampling and arithmetic by hand."""
 import itertools
 from dataclasses import replace
-from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import fllw
-from experiments.stragglers import Devices, counted, cut
-from experiments.test_experiments import SMALL, images
+from experiments.stragglers import SLOWEST, Devices
+from experiments.test_experiments import SHAPE, TINY, images
 
-E2E, DATASET = replace(SMALL, method="e2e", clients=4, rounds=4), images()
-STAGE = fllw.stages(E2E)[0]  # three blocks, all active
-ALL = Devices(E2E, DATASET, 1, "salf").on_slowest(STAGE, 1, 0)[3]  # seconds, for every block
+CONFIG = fllw.Config(**TINY | {"method": "e2e", "clients": 4})
+STAGE, CLIENTS = fllw.stages(CONFIG)[0], data.split(images(), 4)  # three blocks, which all train
+SECONDS = [15 * fllw.count_macs(CONFIG, replace(STAGE, first=first), range(3), SHAPE) / SLOWEST
+           for first in (2, 1, 0)]  # of 15 images on the slowest device, for 1, 2, 3 blocks
 
-def shifted(sizes, stage, round_number, progress, messages):
-    """An `ask`: client u adds u + 1 to all that the stage trains, and has sizes[u] images."""
-    for u, message in messages:
-        upload = {name: t + u + 1 for name, t in message.items() if stage.trains(name)}
-        yield u, fllw.Answer(upload, 0.0, sizes[u])
+def one_round(monkeypatch, rule, depths, p, sizes):
+    """The server before and after: client u, of sizes[u] images, adds u + 1 to depths[u] blocks."""
+    def add(config, stage, message, images, round_number, client):
+        upload = {name: t + client + 1 for name, t in message.items() if stage.trains(name)}
+        return upload, torch.zeros(1), len(images)
+    monkeypatch.setattr(fllw, "local_train", add)
+    config, clients = replace(CONFIG, clients=len(sizes), rounds=1), [CLIENTS[0][:n] for n in sizes]
+    devices = Devices(config, clients, 1.0, rule)
+    devices.race = lambda stage, round_number: (dict(enumerate(depths)), p, 0.0)
+    state = fllw.federate(config, clients, train_client=devices.train_client)
+    return fllw.initial(config, SHAPE), state.server
 
-def test_the_expected_step_is_the_mean_of_all_steps():
-    """Over all depths of three clients; from 1 to L, each is as likely, as in the paper."""
-    w = {name: t.double() for name, t in fllw.initial(E2E, DATASET.shape).items()}
-    p = {depth: (1 - layer / 3)**3 for depth, layer in zip((1, 2, 3), (3, 2, 1))}
-    expected = {name: torch.zeros_like(t) for name, t in w.items()}
+def test_the_expected_step_is_the_mean_of_all_steps(monkeypatch):
+    """Over all depths of three clients; from 1 to 3 each is as likely, as in the paper."""
+    p, expected = {depth: ((depth - 1) / 3)**3 for depth in (1, 2, 3)}, {}
     for depths in itertools.product((1, 2, 3), repeat=3):
-        average = fllw.Average()
-        for u, depth in enumerate(depths):
-            [(_, answer)] = shifted([1] * 3, cut(STAGE, depth), 1, 0, [(u, w)])
-            average.add(counted("salf", answer.upload, w, STAGE, p), 1)
-        expected = {name: expected[name] + t / 27 for name, t in (w | average.mean()).items()}
-    for name, t in w.items():  # the steps are 1, 2 and 3
-        torch.testing.assert_close(expected[name], t + 2, rtol=0, atol=1e-5)
+        before, after = one_round(monkeypatch, "salf", depths, p, [1, 1, 1])
+        expected = {name: expected.get(name, 0) + t.double() / 27 for name, t in after.items()}
+    for name, tensor in before.items():  # the steps are 1, 2 and 3
+        torch.testing.assert_close(expected[name], tensor.double() + 2, rtol=0, atol=1e-5)
 
-def test_p_is_how_often_nobody_reaches_a_layer():
-    devices, N = Devices(E2E, DATASET, ALL / 8, "salf", redraw=True), 2000
-    deepest = [max(devices.finished(STAGE, n, range(4))[0].values()) for n in range(N)]
-    p = devices.unreached(STAGE, 1, range(4))
-    assert 0.02 < p[1] < p[2] < p[3] < 0.95
-    assert p == pytest.approx({d: sum(x < d for x in deepest) / N for d in p}, abs=0.04)
+@pytest.mark.parametrize("rule, top, low", [("salf", 7 / 4, 1), ("salf code", 7 / 4, 1 / 4),
+                                            ("drop", 1, 1)])
+def test_each_rule_by_hand(rule, top, low, monkeypatch):
+    """Client 0 (1 image) trains all blocks; client 1 (3 images) the last one, or it is lost."""
+    depths, p = (3, int(rule != "drop")), dict.fromkeys((1, 2, 3), 0)
+    before, after = one_round(monkeypatch, rule, depths, p, [1, 3])
+    for name, tensor in before.items():
+        last = fllw.block_of(name) == 2 or name.startswith(("head", "encoder.norm"))
+        torch.testing.assert_close(after[name], tensor + (top if last else low))
 
-@pytest.mark.parametrize("rule, low", [("salf", 1), ("salf code", 1 / 4), ("drop", 1)])
-def test_each_rule_by_hand(rule, low, monkeypatch):
-    """Client 0 (1 image) trains all three blocks; client 1 (3 images) the last one, or is lost."""
-    config, last = replace(E2E, clients=2, rounds=1), 1 if rule == "drop" else (1 * 1 + 3 * 2) / 4
-    devices, state = Devices(config, DATASET, 1, rule), fllw.State()
-    monkeypatch.setattr(devices, "finished", lambda *asked: ({0: 3, 1: int(rule != "drop")}, 1.0))
-    fllw.federate(config, DATASET, state, ask=partial(devices.ask, partial(shifted, [1, 3])))
-    for name, t in fllw.initial(config, DATASET.shape).items():
-        top = fllw.block_of(name) == 2 or name.startswith(("head", "encoder.norm"))
-        torch.testing.assert_close(state.server[name], t + (last if top else low))
-
-def test_a_straggler_sends_its_last_layers_and_a_run_resumes():
-    seen, states = set(), [fllw.State(), fllw.State()]
-    for state, rounds in ((states[0], 4), (states[1], 2), (states[1], 4)):
-        devices = Devices(E2E, DATASET, ALL / 4, "salf", redraw=True)
-        with fllw.reach_clients(E2E, DATASET) as reach:
-            fllw.federate(E2E, DATASET, state, ask=partial(devices.ask, reach),
-                          plan=lambda config, history: [STAGE] * (len(history) < rounds))
-    for row in states[0].history:
-        depths, _ = devices.finished(STAGE, row["round"], range(4))
-        assert [answer["client"] for answer in row["answers"]] == [u for u in depths if depths[u]]
-        for answer in row["answers"]:
-            blocks = {fllw.block_of(name) for name in answer["missing"]} - {None}
-            assert blocks == set(range(3 - depths[answer["client"]])) and answer["valid"]
-        seen |= {*depths.values()}
-    assert len(seen) > 2, seen
-    assert all(torch.equal(t, states[1].server[name]) for name, t in states[0].server.items())
+@pytest.mark.parametrize("rule, redraw, found", [("salf", 0, {0, 1}), ("salf", 1, {0, 1, 2, 3}),
+                                                 ("drop", 1, {0, 3}), ("wait", 0, {3})])
+def test_who_is_in_time_against_a_loop_and_p_against_how_often_nobody_is(rule, redraw, found):
+    """A client trains the most blocks that fit; without SALF all or none."""
+    deadline, every = SECONDS[2] / 4, []
+    devices = Devices(CONFIG, CLIENTS, deadline, rule, redraw)
+    limit = np.inf if rule == "wait" else deadline
+    for number in range(1, 2000):
+        depths, p, lasted = devices.race(STAGE, number)
+        speeds = 16 ** np.random.default_rng([0, 300, number * redraw]).random(4)
+        for client, speed in enumerate(speeds):
+            fit = sum(seconds / speed <= limit for seconds in SECONDS)
+            assert depths[client] == (fit if rule == "salf" or fit == 3 else 0)
+        assert lasted == pytest.approx(min(limit, SECONDS[2] / min(speeds)))
+        every.append([*depths.values()])
+    assert set(np.ravel(every)) == found
+    if rule == "salf" and redraw:
+        assert 0.001 < p[1] < p[2] < p[3] < 0.95
+        assert p == pytest.approx({d: np.mean(np.max(every, 1) < d) for d in p}, abs=0.02)

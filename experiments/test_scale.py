@@ -1,0 +1,60 @@
+"""Tests of paper_scale.py and speed.py."""
+import json
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import data
+import fllw
+from experiments import finetune, paper_scale, speed
+from ssl_loss import evaluate, nt_xent
+
+def test_every_row_is_written_and_is_what_the_modules_give(tmp_path, monkeypatch):
+    path, rows = tmp_path / "table.json", []
+    monkeypatch.setattr("experiments.show", lambda *_, **__: rows.append(
+        json.loads(path.read_text())["rows"]))
+    flags = f"--rehearse --minutes 1 --epochs 1 --images 100 --device cpu --seeds 5 --json {path}"
+    paper_scale.main(flags.split())
+    assert [len(written) for written in rows] == [1, 2, 3, 4, 5, 6]
+    config = replace(paper_scale.TOY, rounds=4, depth_dropout=0.5, device="cpu", seed=5)
+    dataset = data.load("mnist5k", images=100)
+    state = fllw.federate(config, data.split(dataset, 2, seed=5))  # four rounds: two a stage
+    encoder = fllw.encoder_of(config, state.server, dataset.shape)
+    expected = evaluate(encoder, dataset, "natural")
+    expected["finetuned"] = finetune.finetune(config, encoder, dataset, 1)
+    assert all(rows[5]["FLL + FDD 0.5"][name] == [number] for name, number in expected.items())
+    with pytest.raises(SystemExit, match="2"):
+        paper_scale.main(["--data", "mnist5k", "--device", "cpu"])
+
+def test_the_rounds_fill_the_time(monkeypatch):
+    def federate(config, clients, plan):  # a block that trains takes 2 s, a frozen one 1 s
+        return fllw.State({}, [{"seconds": 99}, {"seconds": 2 * plan[0].stop - plan[0].first}])
+    monkeypatch.setattr(fllw, "federate", federate)
+    config, dataset = replace(paper_scale.TOY, depth=3, rounds=50), data.load("mnist5k", images=100)
+    # 2 clients * 3 epochs * (3 + 3 + 4 + 6 + 2) = 108 s a round; 6 rows * 5 epochs * 2 * 6 = 360 s.
+    for seconds, rounds in ((360 + 20 * 108, 20), (359 + 20 * 108, 19), (0, 6), (10**6, 50)):
+        assert paper_scale.choose_rounds(config, dataset, 5, seconds) == rounds
+
+def test_sides_take_the_same_steps_and_a_missing_one_is_named(monkeypatch, capsys):
+    count = Mock(wraps=nt_xent)
+    monkeypatch.setattr(fllw, "nt_xent", count)
+    monkeypatch.setattr(speed, "nt_xent", count)
+    monkeypatch.setattr(speed, "SIZES", {"small": (2, 128, {"dim": 8})})
+    monkeypatch.setattr(speed, "find_spec", {"torch": True}.get)
+    monkeypatch.setattr(speed, "threads", lambda rows: None)
+    speed.main([])
+    sizes = [len(call.args[0]) for call in count.mock_calls]
+    assert sizes == [64] * 3 * (1 + 2) * 2 * 2  # turns; rounds of both sides; clients; steps
+    said = capsys.readouterr().out
+    assert "pfl is not installed" in said and said.splitlines()[-2].split() == ["bare", "ours"]
+
+def test_two_threads_are_torchs_own_or_a_client_each(monkeypatch):
+    def ours(config, images, train_client):
+        torch.set_num_threads(1)
+        return 10 * config.workers + train_client()
+    monkeypatch.setattr(fllw, "local_train", torch.get_num_threads)
+    monkeypatch.setattr(speed, "ours", ours)
+    speed.threads(rows := {})
+    assert [row["seconds"] for row in rows.values()] == [[11], [12], [21]]
