@@ -309,7 +309,7 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
                 kept = {client: sample_kept_blocks(config, stage, round_number, client)
                         for client in sample_clients(config, round_number)}
 
-                def train(client):  # in a thread of the pool
+                def work(client):  # in a thread of the pool
                     message = broadcast(state.server, kept[client])
                     own = clients[client]
                     return train_client(config, stage, message, own, round_number, client)
@@ -317,7 +317,7 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
                 # FedAvg (McMahan et al. 2017): each tensor's mean over the clients that sent it,
                 # weighted by images. Running sums save memory; their order fixes the last bits.
                 sums, counts, losses = {}, Counter(), {}
-                for client, answer in zip(kept, pool.map(train, kept)):
+                for client, answer in zip(kept, pool.map(work, kept)):
                     if answer is None:
                         continue  # it was lost
                     upload, step_losses, count = answer
@@ -373,6 +373,51 @@ def replay(config, image_shape, rows, plan=None):
         server |= {name: (name, row["round"]) for name in changed}
         yield {column: total / len(row["kept"]) for column, total in paid.items()}
 
+def storages(tree):
+    """The memory behind the tensors in nested lists and dicts: identity -> storage."""
+    tensors = [t for t in torch.utils._pytree.tree_leaves(tree)
+               if isinstance(t, torch.Tensor) and t.device.type != "meta"]  # meta has no data
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation returns, until it is freed: parameters,
+    gradients, optimizer state, activations and temporaries, the same on every machine."""
+    def __init__(self):
+        super().__init__()
+        self.live = [0]  # bytes, at the start, and after every allocation and release
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for key, storage in storages(result).items():
+            if key not in given:  # new memory: no view of an argument, not changed in place
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
+        return result
+
+    def change(self, nbytes):
+        self.live.append(self.live[-1] + nbytes)
+
+def live_bytes(config, stage, image_shape, train_client=local_train):
+    """The meter's bytes in two local steps; in the second the optimizer has its state. Tensors are
+    fake, with shapes and lifetimes but no data: nothing is computed, and the bytes are real."""
+    config = replace(config, device="cpu", local_epochs=1)
+    server = broadcast(initial(config, image_shape), range(stage.stop))
+    with FakeTensorMode():
+        message = {name: torch.zeros(tensor.shape) for name, tensor in server.items()}
+        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
+        with MemoryMeter() as meter:
+            train_client(config, stage, message, images, stage.rounds[0], 0)
+    return meter.live
+
+@functools.lru_cache
+def peak_memory(config, stage, image_shape, train_client=local_train):
+    """Peak bytes of a local step on a full batch, if nothing is dropped; None: not measurable."""
+    try:
+        return max(live_bytes(config, stage, image_shape, train_client))
+    except Exception as error:  # e.g. of .item(): fake tensors have no numbers
+        print(f"note: a client that needs real tensors has no peak ({type(error).__name__})")
+
 def cost(config, image_shape, plan=None, train_client=local_train):
     """What a client pays that takes part in every round: peak_memory_bytes, macs for one image,
     download_bytes, upload_bytes, stateless_download_bytes (if it keeps nothing between rounds).
@@ -387,51 +432,6 @@ def cost(config, image_shape, plan=None, train_client=local_train):
     peaks = [peak_memory(config, stage, tuple(image_shape), train_client) for stage in plan]
     return ({} if None in peaks else {"peak_memory_bytes": max(peaks)}) | dict(total)
 
-@functools.lru_cache
-def peak_memory(config, stage, image_shape, train_client=local_train):
-    """Peak bytes of a local step on a full batch, if nothing is dropped; None: not measurable."""
-    try:
-        return max(live_bytes(config, stage, image_shape, train_client))
-    except Exception as error:  # e.g. of .item(): fake tensors have no numbers
-        print(f"note: a client that needs real tensors has no peak ({type(error).__name__})")
-
-def live_bytes(config, stage, image_shape, train_client=local_train):
-    """MemoryMeter.live_bytes of two local steps; in the second the optimizer has its state. Tensors
-    are fake, with shapes and lifetimes but no data: nothing is computed, and the bytes are real."""
-    config = replace(config, device="cpu", local_epochs=1)
-    server = broadcast(initial(config, image_shape), range(stage.stop))
-    with FakeTensorMode():
-        message = {name: torch.zeros(tensor.shape) for name, tensor in server.items()}
-        images = torch.zeros(2 * config.batch_size, *image_shape, dtype=torch.uint8)
-        with MemoryMeter() as meter:
-            train_client(config, stage, message, images, stage.rounds[0], 0)
-    return meter.live_bytes
-
-class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation returns, until it is freed: parameters,
-    gradients, optimizer state, activations and temporaries, the same on every machine."""
-    def __init__(self):
-        super().__init__()
-        self.live_bytes = [0]  # at the start, and after every allocation and release
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
-        for key, storage in storages(result).items():
-            if key not in given:  # new memory: no view of an argument, not changed in place
-                self.change(storage.nbytes())
-                weakref.finalize(storage, self.change, -storage.nbytes())
-        return result
-
-    def change(self, nbytes):
-        self.live_bytes.append(self.live_bytes[-1] + nbytes)
-
-def storages(tree):
-    """The memory behind the tensors in nested lists and dicts: identity -> storage."""
-    tensors = [t for t in torch.utils._pytree.tree_leaves(tree)
-               if isinstance(t, torch.Tensor) and t.device.type != "meta"]  # meta has no data
-    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
-
 # -------------------------------------------------------------------------------- the command
 def validate(config):
     """Raise InputError, one sentence, for settings that cannot be run."""
@@ -444,8 +444,7 @@ def validate(config):
     if config.dim % config.heads:
         raise data.InputError(f"--heads {config.heads} must divide --dim {config.dim}")
     if config.clients_per_round > config.clients:
-        raise data.InputError(f"--clients-per-round {config.clients_per_round} must be at most "
-                              f"--clients {config.clients}")
+        raise data.InputError(f"--clients-per-round must be at most --clients {config.clients}")
     stages(config)  # raises if the rounds are too few
     with data.friendly_errors(f"--device {config.device} cannot be used", "try cpu or auto"):
         torch.zeros(1, device=pick_device(config)).item()
@@ -555,6 +554,7 @@ def main(arguments=None):
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config = Config(**given)
+        validate(replace(config, clients_per_round=0))  # the file may say how many there are
         dataset = data.load(config.data, config.cache, config.images)
         config = replace(config, **data.own_split(dataset, given))
         validate(config)

@@ -389,7 +389,7 @@ def test_memory_meter_counts_by_hand():
         b = (a + 1) * 3             # a + 1 and its triple, then the triple alone
         a.add_(1), b.view(10, 100)  # in place and views take nothing
         del a, b
-    assert meter.live_bytes == [0, 4000, 8000, 12000, 8000, 4000, 0]
+    assert meter.live == [0, 4000, 8000, 12000, 8000, 4000, 0]
 
 def test_memory_of_fake_and_real_steps_is_the_same():
     config, own, peaks = replace(SMALL, batch_size=16), images(32).train_images, []
@@ -398,7 +398,7 @@ def test_memory_of_fake_and_real_steps_is_the_same():
         with fllw.MemoryMeter() as meter:
             fllw.local_train(config, stage, message, own, stage.rounds[0], 0)
         peaks.append(fllw.peak_memory(config, stage, SHAPE))
-        assert max(meter.live_bytes) == peaks[-1]
+        assert max(meter.live) == peaks[-1]
     block = sum(t.nbytes for name, t in message.items() if ".blocks.1." in name)
     assert peaks[2] - peaks[1] == block  # frozen: no gradient, no moments, no activations
 

@@ -3,6 +3,7 @@
 Here is what they share: flags, tables over seeds, and where results are kept.
 """
 import argparse
+import contextlib
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ def make_parser(name, doc, seeds=(0, 1, 2)):
     parser = fllw.make_parser((doc or "").split("\n\n")[0], f"python -m experiments.{name}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds),
                         help="instead of --seed (default: %(default)s)")
+    with contextlib.suppress(AttributeError):  # a notebook's stream has no such method
+        sys.stdout.reconfigure(errors="replace")  # some terminals do not know the plus-minus sign
     parser.add_argument("--save", metavar="NAME", type=plain_name, default=None,
                         help="also keep the table as experiments/results/NAME.json")
     return parser
