@@ -1,18 +1,18 @@
-"""Can a stage end when it has nothing more to learn, and find its own learning rate?
+"""Can a stage end when it has nothing more to learn?
 
     python -m experiments.early_stopping
 
-Ending early saves half of a vision transformer's rounds at no loss of accuracy; tuning the rate
-does not pay. One block is level with that or ahead, for more compute and bytes.
+Ending early saves half of a vision transformer's rounds at no loss of accuracy. One block is level
+with that or ahead, for more compute and bytes.
 
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
 Stopping at Each Layer" (BMVC 2024), who follow a separation index, which needs labels. Here a
 client's loss is the NT-Xent of the model that it receives, on a tenth of its images, held out. A
-round fails if it does not lower the clients' mean loss; PATIENCE failures in a row end a stage.
-Tuned, a stage starts with twice --lr, and each failure halves the rate. Evenly: early's rounds."""
+stage ends when the clients' mean loss has not fallen for PATIENCE rounds. Its rate is constant, not
+tuned. The row "evenly" has as many rounds as "early"."""
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 import data
 import experiments
 import fllw
-from ssl_loss import COLUMNS, nt_xent
+from ssl_loss import nt_xent
 
 PATIENCE, TOLERANCE = 2, 0.03  # rounds; nats: a loss that falls by less does not count as lower
 
@@ -62,46 +62,37 @@ class CNNConfig(fllw.Config):
             total += pixels * block[0].weight.numel() * (3 if int(b) >= stage.first else 1)
         return 2 * total
 
-@dataclass(frozen=True)
-class Stage(fllw.Stage):
-    rate: float  # the learning rate of all its steps
-
-def early_plan(config, state, factor):
-    """Yields stages of one round each. Rates start at factor * lr; a failure divides by it."""
+def early_plan(config, state):
+    """Yields stages of one round each."""
     for stage in fllw.stages(config):
-        rate, best, failures = factor * config.lr, math.inf, 0
+        best = math.inf
         for _ in stage.rounds:  # it may be shorter, never longer
             number = len(state.history) + 1
-            yield Stage(**vars(stage) | {"rounds": range(number, number + 1), "rate": rate})
+            yield replace(stage, rounds=range(number, number + 1))
             loss = mean(state.history[-1]["losses"].values())
             if loss < best - TOLERANCE:
-                best, failures = loss, 0
-            else:
-                failures += 1
-                rate /= factor
-            if failures == PATIENCE:
+                best, last_fall = loss, number
+            if number - last_fall == PATIENCE:
                 break
 
 def early_train(config, stage, message, images, round_number, client):
     """A client trains on nine tenths of its images; its loss is from the other tenth."""
-    held = max(1, len(images) // 10)
+    held, own = images.tensor_split([max(1, len(images) // 10)])
     endless = replace(stage, rounds=range(round_number, 10**9))  # its cosine stays at the top
-    upload, _, count = fllw.local_train(replace(config, lr=stage.rate), endless, message,
-                                        images[held:], round_number, client)
+    upload, _, count = fllw.local_train(config, endless, message, own, round_number, client)
     learner = fllw.learner_of(config, message, images.shape[1:]).requires_grad_(False)
     same = torch.Generator().manual_seed(config.seed)  # the same views in every round
-    views = data.two_views(images[:held], data.RECIPES[data.recipe_name(config)], same)
+    views = data.two_views(held, data.RECIPES[data.recipe_name(config)], same)
     z = learner.head(learner.encoder(views))
     return upload, nt_xent(*z.chunk(2), config.temperature), count
 
-def measure(config, dataset, factor=None):
-    """The columns of a row with one seed. factor: for early_plan(); None: do not end early."""
+def measure(config, dataset, early=False):
+    """The columns of a row with one seed."""
     clients, state = data.split(dataset, config.clients, config.alpha, config.seed), fllw.State()
     if isinstance(config, CNNConfig):  # new blocks are fresh; their first download is not counted
         state.server |= fllw.initial(config, dataset.shape)
-    plan = early_plan(config, state, factor) if factor else None
-    train_client = early_train if factor else fllw.local_train
-    fllw.federate(config, clients, state, plan, train_client)
+    plan_and_client = (early_plan(config, state), early_train) if early else ()
+    fllw.federate(config, clients, state, *plan_and_client)
     paid = sum(map(Counter, fllw.replay(config, dataset.shape, state.history)), Counter())
     return {"rounds": len(state.history)} | fllw.result(config, dataset, state) | paid
 
@@ -109,7 +100,7 @@ def main(arguments=None):
     parser, table = experiments.make_parser("early_stopping", __doc__), {}
     with data.sentences(parser):
         given = vars(parser.parse_args(arguments))
-        defaults = fllw.Config(images=1000, rounds=60, depth_dropout=0.0)
+        defaults = fllw.Config(images=1000, rounds=48, depth_dropout=0.0)
         fixed = ("method", "depth_dropout", "micro_batch", "out")
         config, flags = experiments.settings(defaults, given, fixed)
         dataset = data.load(config.data, config.cache, config.images)
@@ -117,13 +108,12 @@ def main(arguments=None):
         for seed in flags["seeds"]:
             for encoder, kind in {"cnn": CNNConfig, "vit": fllw.Config}.items():
                 one = kind(**vars(config) | {"seed": seed})
-                rows = {"all rounds": measure(one, dataset), "early": measure(one, dataset, 1),
-                        "early tuned": measure(one, dataset, 2)}
+                rows = {"all rounds": measure(one, dataset), "early": measure(one, dataset, True)}
                 rows["evenly"] = measure(replace(one, rounds=rows["early"]["rounds"]), dataset)
                 rows["one block"] = measure(replace(one, method="e2e", depth=1), dataset)
                 for name, columns in rows.items():
                     experiments.add(table, f"{encoder} {name}", columns)
-        columns = {"rounds": ("rounds", 1, 1), **COLUMNS}
+        columns = {"rounds": ("rounds", 1, 1), **experiments.SHOWN}
         experiments.show("early_stopping", table, flags["save"], columns)
 
 if __name__ == "__main__":

@@ -115,23 +115,6 @@ def budget(titles):
         label_ends(ax, curves)
     return axes[0].figure
 
-def conflicts():
-    """Which layers conflict in experiments.personal: layer against round, mean over seeds."""
-    tables = {}
-    for split in ("dirichlet", "two-classes"):
-        for name, row in read_rows(f"personal-{split}").items():
-            shares = [np.mean(row[column]) for column in row if column.startswith("round ")]
-            if shares:
-                start, layer = name.split(": ")
-                tables.setdefault(f"{split}: {start}", {})[layer] = shares
-    axes = panels(7.5, 4, [""] * 3, rows=2, sharex=True, sharey=True)
-    for ax, (title, table) in zip(axes, tables.items()):
-        x, y = range(1, 1 + len(table["classifier"])), range(len(table))
-        image = ax.pcolormesh(x, y, [*table.values()], cmap="PuOr_r", vmin=30, vmax=70)
-        ax.set(title=title, xlabel="round", yticks=y, yticklabels=table)
-    ax.figure.colorbar(image, ax=axes, label="pairs of clients in conflict (%)", extend="min")
-    return ax.figure
-
 def stages_gif(path, dropout=0.25, step=5):
     """The stages of ViT-Tiny with FLL and depth dropout as an animated GIF: the blocks of three
     clients, memory, and bytes so far; one frame every `step` rounds, and the last one stays."""
@@ -177,7 +160,6 @@ def main():
     results = {("digits, 4 blocks", "moved_knn"): ("digits-192", "digits-192-progressive"),
                ("CIFAR-10, 10,000 images, 6 blocks", "knn"): ("cifar10-48",)}
     budget(results).savefig(ASSETS / "budget.png", dpi=100)
-    conflicts().savefig(ASSETS / "conflicts.png", dpi=100)
     stages_gif(ASSETS / "stages.gif")
 
 if __name__ == "__main__":

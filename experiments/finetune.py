@@ -1,21 +1,22 @@
 """What is an encoder worth to somebody who fine-tunes all of it with labels?
 
-    python -m experiments.finetune --rows one-block fll --controls scratch one-block-fresh
+    python -m experiments.finetune --rows untrained one-block fll
 
 On CIFAR-10 six blocks are worth more than one or two, but the upper ones need no pre-training: one
 block or two are level with FLL if untrained blocks are put on top just before. On the digits, with
 ten labels a class, two blocks in micro-batches are ahead of FLL.
 
 The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647); ours are smaller, on other images.
-Rows, flags and --out are those of experiments.compare. The strongest control of a deep encoder is a
-small one with blocks put on top just before: fresh ones, or identities, which return their input.
+Rows, flags and --out are those of experiments.compare, and a rerun pre-trains nothing again. The
+row "untrained" learns from labels alone. The strongest control of a deep encoder is a small one
+with fresh blocks put on top just before: a row of fewer blocks than --depth is tuned both ways.
 """
 import copy
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +25,13 @@ from torch import nn
 import data
 import experiments
 import fllw
-from data import InputError
 from experiments import compare
 from ssl_loss import features, first_of_each_class
 
-TUNING = 100  # what its draws are for
+TUNING, DRAWS = 100, 5  # what its draws are for; how often few labels are drawn, for each seed
 MILD = {  # views that keep their class
     "digits": data.Recipe((0.9, 1.1), 1.1, shift=0.05, rotate=10),
     "natural": data.Recipe((1.0, 1.0), 1.0, shift=0.125, flip=0.5)}
-CONTROLS = {  # name: the row of compare that it starts from
-    "scratch": "untrained", "scratch-one": "one-block", "one-block-fresh": "one-block",
-    "one-block-identity": "one-block", "two-blocks-identity": "two-blocks"}
 
 def finetune(config, encoder, dataset, epochs=40, per_class=0, draw=0):
     """Test accuracy in % after supervised training of a copy of the encoder and a classifier, with
@@ -71,58 +68,43 @@ def finetune(config, encoder, dataset, epochs=40, per_class=0, draw=0):
     guesses = features(model.eval(), dataset.test_images, device=device).argmax(1).cpu()
     return 100 * (guesses == dataset.test_labels).double().mean().item()
 
-def encoder_of(key, row, server, depth, image_shape):
-    """The encoder that a row fine-tunes: the server's, an untrained one, or the server's with new
-    blocks on top, `depth` in all: fresh ones, or copies whose output layers are 0, identities."""
-    tensors = {} if key.startswith("scratch") else dict(server)
-    if key.endswith(("fresh", "identity")):
-        row = replace(row, depth=depth)
-    if key.endswith("identity"):
-        fllw.grow(tensors, fllw.Stage(1, 0, 0, depth, range(1)))  # adds copies of the last block
-        for name in tensors.keys() - server.keys():
-            if ".attn.proj." in name or ".mlp.fc2." in name:
-                tensors[name] = torch.zeros_like(tensors[name])
-    return fllw.encoder_of(row, fllw.initial(row, image_shape) | tensors, image_shape)
+def encoder_of(config, server, image_shape):
+    """The server's encoder, with fresh blocks on top of it up to config.depth."""
+    return fllw.encoder_of(config, fllw.initial(config, image_shape) | server, image_shape)
 
-def tune(config, encoder, dataset, path, flags):
-    """{column: test accuracy} for each of --labels, the mean over draws; it is kept in a file."""
-    columns, saved = {}, json.loads(path.read_text()) if path.exists() else {}
-    workers = config.workers or torch.get_num_threads()
+def tune(config, encoder, dataset, flags):
+    """{column: test accuracy} for each of --labels, the mean over draws."""
+    columns, workers = {}, config.workers or torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1]) as pool:
         for count in flags["labels"]:
-            draws = flags["draws"] if count else 1
-            name = f"{count or 'all'} labels a class, {flags['epochs']} epochs, {draws} draws"
-            if name not in saved:
-                work = partial(finetune, config, encoder, dataset, flags["epochs"], count)
-                saved[name] = sum(pool.map(work, range(draws))) / draws
-                fllw.write(path, saved)
-            columns[f"finetuned_{count}"] = saved[name]
+            draws = DRAWS if count else 1
+            work = partial(finetune, config, encoder, dataset, flags["epochs"], count)
+            columns[f"finetuned_{count}"] = sum(pool.map(work, range(draws))) / draws
     return columns
 
 def main(arguments=None):
     parser = experiments.make_parser("finetune", __doc__)
-    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=["scratch"])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--labels", nargs="+", type=int, default=[0], help="a class; 0: all")
-    parser.add_argument("--draws", type=int, default=5, help="of few labels, for each seed")
     with data.sentences(parser):
-        config, flags, dataset, out = compare.read_flags(parser, arguments, "one-block fll")
-        if min(flags["epochs"], flags["draws"], 1 + min(flags["labels"])) < 1:
-            raise InputError("--epochs and --draws must be 1 or more, and --labels 0 or more")
+        config, flags, dataset, out = compare.read_flags(
+            parser, arguments, "untrained one-block fll")
+        if min(flags["epochs"], 1 + min(flags["labels"])) < 1:
+            raise data.InputError("--epochs must be 1 or more, and --labels 0 or more")
         if "raw" in flags["rows"] or dataset.train_labels.max() < 0:
-            raise InputError("fine-tuning needs an encoder (--rows raw is none) and labels")
-        homes = {key: CONTROLS.get(key, key) for key in [*flags["rows"], *flags["controls"]]}
-        rows, started = {}, dict.fromkeys(homes.values())
-        plan, _ = compare.plan_rows(started, config, dataset, out, flags["rates"])
-        for seed in flags["seeds"]:
-            for key, home in homes.items():
-                row = replace(plan[home], seed=seed, out=str(out / f"{home}-seed{seed}"))
-                compare.measure(home, row, dataset, out)  # trains it if that has not been done
-                folder, checkpoint = fllw.open_run(row, dataset)
-                encoder = encoder_of(key, row, checkpoint["server"], config.depth, dataset.shape)
-                name = key if key in CONTROLS else compare.name_of(key, row)
-                path = folder / f"finetuned-{key}.json"
-                experiments.add(rows, name, tune(row, encoder, dataset, path, flags))
+            raise data.InputError("fine-tuning needs an encoder (--rows raw is none) and labels")
+        plan, _ = compare.plan_rows(flags["rows"], config, dataset, out, flags["rates"])
+        rows = {}
+        for seed, key in product(flags["seeds"], plan):
+            row = replace(plan[key], seed=seed, out=str(out / f"{key}-seed{seed}"))
+            compare.measure(key, row, dataset, out)  # trains it if that has not been done
+            _, checkpoint = fllw.open_run(row, dataset)  # without tensors if it is untrained
+            name = compare.name_of(key, row)
+            for depth in sorted({row.depth, config.depth}):
+                name += ", fresh blocks on top" * (depth > row.depth)
+                deep = replace(row, depth=depth)
+                encoder = encoder_of(deep, checkpoint["server"], dataset.shape)
+                experiments.add(rows, name, tune(deep, encoder, dataset, flags))
         columns = {f"finetuned_{n}": (f"{n or 'all'} labels", 1, 1) for n in flags["labels"]}
         experiments.show("finetune", rows, flags["save"], columns)
 

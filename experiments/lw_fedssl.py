@@ -12,7 +12,7 @@ images of its own, so that they keep fitting together. Its control is the server
 any client. What differs: the size; the server has a share of the training images.
 """
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,61 +20,34 @@ import torch
 import data
 import experiments
 import fllw
-from data import InputError
+from experiments.objectives import step_with_targets
 from ssl_loss import evaluate, nt_xent
 
 FIXED = ("method", "micro_batch", "amp", "out")
 SERVER = 2**32 - 1  # the server's number among the clients: what it draws is nobody else's
+SERVER_EPOCHS = 4   # passes of the server over its images, after each round
 
-@dataclass(frozen=True)
-class Settings(fllw.Config):
-    weight: float = fllw.setting(1.0, "of the alignment term; 0: none", low=0, high=1e6)
-    server_epochs: int = fllw.setting(4, "of the server, after each round", low=1, high=1e5)
-    server_share: float = fllw.setting(0.1, "of the images, for the server", low=0, high=0.99)
-
+class Aligned(fllw.Config):
     def macs(self, stage, kept, image_shape):
-        """With alignment also the received model's forward pass: what micro-batches add, a head."""
-        if self.weight == 0:
-            return super().macs(stage, kept, image_shape)
+        """Also the received model's forward pass: what micro-batches add, and a head."""
         head = self.head_hidden * (self.dim + self.head_hidden + self.head_dim)
         return fllw.count_macs(replace(self, micro_batch=1), stage, kept, image_shape) + 2 * head
 
-def aligned_step():
-    """A local step of one client in one round: fllw.local_step() with alignment."""
-    received = None
+def aligned(z, received, temperature):
+    """NT-Xent of two views, and of each with the received model's other one. Both [2B, D]."""
+    (z1, z2), (old1, old2) = z.chunk(2), received.chunk(2)
+    pull = nt_xent(z1, old2, temperature) + nt_xent(z2, old1, temperature)
+    return nt_xent(z1, z2, temperature) + pull / 2
 
-    def step(config, learner, stage, views):
-        nonlocal received
-        first = stage.first
-        if received is None:  # the learner is still as it came; frozen blocks need no second copy
-            upper = fllw.broadcast(learner.state_dict(), range(first, stage.stop))
-            copies = {name: tensor.clone() for name, tensor in upper.items()}
-            received = fllw.learner_of(config, copies, views.shape[1:]).requires_grad_(False)
-
-        def project(model, x):  # tokens, or images where the embedding trains -> two of [B, D]
-            return model.head(model.encoder.upper(x, first) if first else model.encoder(x)).chunk(2)
-
-        with torch.no_grad():
-            x = learner.encoder.lower(views, first) if first else views
-            old1, old2 = project(received, x)
-        (z1, z2), t = project(learner, x), config.temperature
-        pull = nt_xent(z1, old2, t) + nt_xent(z2, old1, t)
-        loss = nt_xent(z1, z2, t) + config.weight * pull / 2
-        loss.backward()
-        return loss.detach()
-    return step
-
-def train_client(config, stage, message, images, round_number, client):
-    """A client's work: fllw.local_train(), with alignment if it has a weight."""
-    step = aligned_step() if config.weight else None
+def aligned_train(config, stage, message, images, round_number, client):
+    """A client's work: fllw.local_train() with alignment."""
+    step = step_with_targets(aligned, momentum=1)  # the targets' model stays as it was received
     return fllw.local_train(config, stage, message, images, round_number, client, step)
 
 def divide(config, dataset):
-    """(a Dataset for the clients, images for the server): no training image is in both."""
+    """(a Dataset for the clients, a tenth of the images for the server): no image is in both."""
     n = len(dataset.train_images)
-    own, rest = np.split(fllw.rng(config, SERVER).permutation(n), [round(config.server_share * n)])
-    if len(own) < 2:
-        raise InputError(f"--server-share must leave the server 2 of the {n} images or more")
+    own, rest = np.split(fllw.rng(config, SERVER).permutation(n), [max(2, n // 10)])
     rest.sort()
     return dataset._replace(train_images=dataset.train_images[rest],
                             train_labels=dataset.train_labels[rest]), dataset.train_images[own]
@@ -95,11 +68,11 @@ def run(config, dataset):
     """The rows of the table with one seed: yields (name, columns)."""
     theirs, own = divide(config, dataset)
     clients = data.split(theirs, config.clients, config.alpha, config.seed)
-    plain = replace(config, weight=0.0)
-    server = replace(plain, local_epochs=config.server_epochs)
-    for name, row, on_round in (
-            ("FLL", plain, None), (f"FLL + alignment {config.weight:g}", config, None),
-            ("FLL + calibration", plain, calibration(server, own))):
+    server = replace(config, local_epochs=SERVER_EPOCHS)
+    for name, row, train_client, on_round in (
+            ("FLL", config, fllw.local_train, None),
+            ("FLL + alignment", Aligned(**vars(config)), aligned_train, None),
+            ("FLL + calibration", config, fllw.local_train, calibration(server, own))):
         state = fllw.federate(row, clients, train_client=train_client, on_round=on_round)
         columns = fllw.result(row, dataset, state, train_client=train_client)
         if on_round:  # every tensor changes every round, and is downloaded anew
@@ -112,15 +85,12 @@ def run(config, dataset):
     yield "the server alone", evaluate(encoder, dataset, data.recipe_name(config))
 
 def main(arguments=None):
-    parser = experiments.make_parser("lw_fedssl", __doc__)
-    for f in fields(Settings)[-3:]:  # its own
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type,
-                            help=f"{f.metadata['help']} (default: {f.default})")
+    parser, rows = experiments.make_parser("lw_fedssl", __doc__), {}
     with data.sentences(parser):
         given = vars(parser.parse_args(arguments))
-        defaults = Settings(images=1000, rounds=16, depth_dropout=0.0)
+        defaults = fllw.Config(images=1000, rounds=16, depth_dropout=0.0)
         config, flags = experiments.settings(defaults, given, FIXED)
-        dataset, rows = data.load(config.data, config.cache, config.images), {}
+        dataset = data.load(config.data, config.cache, config.images)
         for seed in flags["seeds"]:
             for name, columns in run(replace(config, seed=seed), dataset):
                 experiments.add(rows, name, columns)

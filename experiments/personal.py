@@ -1,6 +1,6 @@
 """Personal layers (FedLAG): which layers should each client of a federation keep to itself?
 
-    python -m experiments.personal --split dirichlet
+    python -m experiments.personal --alpha 0.1
 
 FedLAG's choice is not clearly better than the classifier (FedPer), and FLL's encoder helps little.
 Clients with different label mixes fine-tune an encoder and a linear classifier. FedLAG (Nguyen et
@@ -25,15 +25,11 @@ ROWS = {  # name: (share of the rounds in which all is averaged; which layers ar
     "FedAvg": (1, slice(0)), "local only": (0, slice(None)), "FedPer": (0, slice(-1, None)),
     "FedAvg, then local only": (0.5, slice(None)), "FedLAG, top 1": (0.5, slice(1)),
     "FedLAG, top 3": (0.5, slice(3)), "the 3 with fewest conflicts": (0.5, slice(-3, None))}
-COLUMNS = {c: (f"{c} %", 1, 1) for c in "before before_sd after after_sd conflicts".split()}
+COLUMNS = {name: (f"{name} %", 1, 1) for name in ("before", "after", "conflicts")}
 
 def divide(config, labels):
     """The images that each client trains on, and a quarter of each class, held back: indices."""
     parts = data.partition(labels, config.clients, config.alpha, config.seed)
-    if config.alpha == 0:  # two shards of the images sorted by label (McMahan et al. 2017)
-        shards = labels.argsort(stable=True).tensor_split(2 * config.clients)
-        dealt = fllw.rng(config, 0).permutation(len(shards)).reshape(-1, 2)
-        parts = [torch.cat([shards[one], shards[two]]) for one, two in dealt]
     parts = [part[labels[part].argsort(stable=True)] for part in parts]
     return [part[torch.arange(len(part)) % 4 > 0] for part in parts], [part[::4] for part in parts]
 
@@ -61,17 +57,17 @@ def conflicts(updates, layer):
 
 def run(config, model, dataset, training, held, share, chosen):
     """Average all layers in the first `share` of the rounds; then those chosen stay with clients.
-    Returns accuracies {column: number}, and {layer: {round: its conflicts}} of those rounds."""
+    Returns accuracies {column: number}, and {layer: sum of its conflicts in those rounds}."""
     models, N = [copy.deepcopy(model) for _ in training], len(training)
     updates, right = [None] * N, [None] * N  # of each client's last round
-    shared, scores = share * config.rounds, {layer_of(name): {} for name in model.state_dict()}
+    shared, scores = share * config.rounds, {layer_of(name): 0 for name in model.state_dict()}
 
     def correct(mine, client):  # of the images that it holds back
         z = mine.head(mine.encoder(data.normalise(dataset.train_images[held[client]])))
         return 100 * (z.argmax(1) == dataset.train_labels[held[client]]).double()
 
     def train_client(config, stage, message, images, round_number, client):
-        ranked = sorted(scores, key=lambda layer: -sum(scores[layer].values()))
+        ranked = sorted(scores, key=scores.get, reverse=True)  # of equal ones the lower layer first
         personal = ranked[chosen] if round_number > shared else []
         mine, labels = models[client], dataset.train_labels[training[client]]
         message = {name: t for name, t in message.items() if layer_of(name) not in personal}
@@ -92,25 +88,20 @@ def run(config, model, dataset, training, held, share, chosen):
 
     def count(state):
         for layer in scores if len(state.history) <= shared else ():
-            scores[layer][f"round {len(state.history)}"] = conflicts(updates, layer)
+            scores[layer] += conflicts(updates, layer)
 
     clients = [dataset.train_images[own] for own in training]
     fllw.federate(config, clients, fllw.State(model.state_dict()), None, train_client, count)
-    columns = {}
-    for when, each in zip(("before", "after"), zip(*right)):
-        columns[when] = torch.cat(each).mean().item()  # clients weighted by images
-        columns[f"{when}_sd"] = torch.stack([one.mean() for one in each]).std().item()
-    return columns, scores
+    before, after = (torch.cat(each).mean().item() for each in zip(*right))  # weighted by images
+    return {"before": before, "after": after}, scores
 
 def main(arguments=None):
     parser, table = experiments.make_parser("personal", __doc__), {}
-    parser.add_argument("--split", choices=("dirichlet", "two-classes"), default="dirichlet")
     with data.sentences(parser):
-        defaults = fllw.Config(images=1000, dim=32, depth=3, clients=20, rounds=12, batch_size=16,
-                               lr=0.01, depth_dropout=0.0, method="e2e")
-        fixed = ("method", "clients_per_round", "alpha", "local_epochs", "amp", "out")
+        defaults = fllw.Config(images=1000, dim=32, depth=3, clients=20, alpha=0.1, rounds=12,
+                               batch_size=16, lr=0.01, depth_dropout=0.0, method="e2e")
+        fixed = ("method", "clients_per_round", "local_epochs", "amp", "out")
         config, flags = experiments.settings(defaults, vars(parser.parse_args(arguments)), fixed)
-        config = replace(config, alpha=0.1 if flags["split"] == "dirichlet" else 0.0)
         dataset = data.load(config.data, config.cache, config.images)
         if dataset.train_labels.min() < 0:
             raise data.InputError("every training image needs a label")
@@ -121,9 +112,8 @@ def main(arguments=None):
             for name in ROWS:
                 columns, scores = run(one, model, dataset, training, held, *ROWS[name])
                 experiments.add(table, f"{start}: {name}", columns)
-                for layer, shares in scores.items() if name == "FedAvg" else ():
-                    columns = shares | {"conflicts": sum(shares.values()) / len(shares)}
-                    experiments.add(table, f"{start}: {layer}", columns)
+                for layer, score in scores.items() if name == "FedAvg" else ():
+                    experiments.add(table, f"{start}: {layer}", {"conflicts": score / one.rounds})
         experiments.show("personal", table, flags["save"], COLUMNS)
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Slow devices and a deadline: who learns most when stragglers send the layers they finished?
 
-    python -m experiments.stragglers --split dirichlet
+    python -m experiments.stragglers --alpha 0.1
 
 One block: it has the best k-NN at every deadline. FLL's clients are in time more often than
 end-to-end ones, but learn less in a round; SALF is level with both.
@@ -9,9 +9,9 @@ SALF (Lang et al. 2024, arXiv 2403.18375): gradients come from the last layer do
 the deadline stops has those of its last layers, and sends these. A layer's mean is over the clients
 that sent it; its step is divided by 1 - p, where p is the chance that nobody does. The released
 code (github langnatalie/SALF) divides nothing and counts a layer not reached as received. The paper
-cuts one step of SGD; here a straggler trains for all its steps with the layers below its depth
-frozen, which saves it the time. Speeds are log-uniform; they stay for a run or change every round.
-A row has as many rounds as fit into --rounds x deadline seconds."""
+cuts one step of SGD; here a straggler trains for all its steps with lower layers frozen,
+which saves it the time. Speeds are log-uniform; they stay for a run or change every round. A row
+has as many rounds as fit into --rounds x deadline seconds."""
 from dataclasses import replace
 from itertools import product
 
@@ -20,7 +20,7 @@ import numpy as np
 import data
 import experiments
 import fllw
-from ssl_loss import features, knn
+from ssl_loss import evaluate
 
 SPEEDS, RATIO = 300, 16  # what its draws are for; the fastest device's speed by the slowest's
 SLOWEST = 3.5e7          # multiply-accumulates a second: 16 s for a round of all blocks by default
@@ -30,16 +30,15 @@ ROWS = {  # name: (changes of the settings, which are end to end; what becomes o
     "SALF, progressive": ({"method": "progressive"}, "salf"),
     "one block, dropping": ({"depth": 1}, "drop"), "FLL, dropping": ({"method": "fll"}, "drop"),
     "FLL + FDD, dropping": ({"method": "fll", "depth_dropout": 0.25}, "drop")}
-COLUMNS = {"rounds": ("rounds", 1, 0), "simulated_seconds": ("simulated s", 1, 0),
-           "counted": ("counted %", 1, 0), "knn": ("k-NN %", 1, 1)}
+COLUMNS = {"rounds": ("rounds", 1, 0), "counted": ("counted %", 1, 0), **experiments.SHOWN}
 
 def cut(stage, depth):
     """The stage of a client that trains only the last `depth` of its blocks."""
     return replace(stage, first=stage.stop - depth)
 
 class Devices:
-    """The clients and a deadline in seconds. rule: "wait" for stragglers, "drop" them, or let their
-    last layers count as in the paper ("salf") or in its code ("salf code")."""
+    """Clients and a deadline in seconds. rule: "wait" for stragglers, "drop" them, or count their
+    last layers as in the paper ("salf") or in its code ("salf code")."""
     def __init__(self, config, clients, deadline, rule, redraw=False):
         self.config, self.clients, self.rule, self.redraw = config, clients, rule, redraw
         self.deadline = np.inf if rule == "wait" else deadline
@@ -74,7 +73,7 @@ class Devices:
         upload, losses, count = fllw.local_train(config, cut(stage, depths[client]), message,
                                                  images, round_number, client)
         if self.rule == "salf code":  # a layer that it did not reach counts as it was
-            upload = {name: t for name, t in (message | upload).items() if stage.trains(name)}
+            upload = {name: message[name] for name in message if stage.trains(name)} | upload
         if self.rule == "salf":  # the mean of all w + step / (1 - p) is w + mean step / (1 - p)
             for name, tensor in upload.items():
                 needed = min(depth for depth in p if cut(stage, depth).trains(name))
@@ -96,29 +95,22 @@ def measure(config, dataset, deadline, rule, redraw):
     share = config.rounds * deadline / devices.clock(config)["simulated_seconds"]
     config = replace(config, rounds=max(int(share * config.rounds), len(fllw.stages(config))))
     state = fllw.federate(config, clients, train_client=devices.train_client)
-
     encoder = fllw.encoder_of(config, state.server, dataset.shape)
-    train, test = (features(encoder, part) for part in (dataset.train_images, dataset.test_images))
-    accuracy = knn(train, dataset.train_labels, test, dataset.test_labels)
-    return devices.clock(config) | {"knn": accuracy}
+    return devices.clock(config) | evaluate(encoder, dataset, data.recipe_name(config))
 
 def main(arguments=None):
     parser, table = experiments.make_parser("stragglers", __doc__), {}
-    parser.add_argument("--split", choices=("iid", "dirichlet"), default="iid")
     parser.add_argument("--deadlines", nargs="+", type=float, default=[8, 4, 2], help="seconds")
     parser.add_argument("--redraw", action="store_true", default=False, help="speeds, each round")
     with data.sentences(parser):
         defaults = fllw.Config(images=600, dim=32, heads=4, head_hidden=64, head_dim=32, lr=8e-3,
                                method="e2e", clients=6, rounds=15, batch_size=50, depth_dropout=0.0)
-        fixed = ("method", "depth_dropout", "alpha", "out")
+        fixed = ("method", "depth_dropout", "out")
         config, flags = experiments.settings(defaults, vars(parser.parse_args(arguments)), fixed)
         if not all(0 < deadline < np.inf for deadline in flags["deadlines"]):
             raise data.InputError("--deadlines must be above 0 seconds")
-        config = replace(config, alpha=0.1 if flags["split"] == "dirichlet" else 0.0)
         dataset = data.load(config.data, config.cache, config.images)
-        if dataset.train_labels.min() < 0:
-            raise data.InputError("every training image needs a label")
-        dataset = dataset._replace(train_clients=None)  # --split shares them out
+        dataset = dataset._replace(train_clients=None)  # --alpha shares them out
         for seed, deadline, name in product(flags["seeds"], flags["deadlines"], ROWS):
             changes, rule = ROWS[name]
             one = replace(config, seed=seed, **changes)

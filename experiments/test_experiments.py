@@ -11,7 +11,8 @@ import torch
 import data
 import experiments
 import fllw
-from experiments import compare, lw_fedssl, multimodal, objectives
+from experiments import (
+    compare, early_stopping, lw_fedssl, multimodal, objectives, personal, stragglers)
 
 torch.set_num_threads(1)  # the tensors are tiny
 SHAPE = (1, 14, 14)
@@ -19,7 +20,7 @@ TINY = dict(dim=16, depth=3, heads=2, patch_size=7, head_hidden=24, head_dim=8, 
             batch_size=8, depth_dropout=0.0, device="cpu", augment="digits", workers=1)
 SMALL = fllw.Config(**TINY)
 FLAGS = ("--dim 8 --depth 2 --heads 2 --head-hidden 8 --head-dim 4 --rounds 2 --batch-size 8 "
-         "--device cpu --workers 1 --augment digits --images 0 --seeds 0").split()
+         "--device cpu --workers 1 --images 0 --seeds 0").split()
 
 def images(n=60, shape=SHAPE):
     """A data set of noise, for what does not depend on what the images show."""
@@ -29,9 +30,6 @@ def images(n=60, shape=SHAPE):
 
 def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
-
-def server_of(config, stage, shape=SHAPE):
-    return fllw.broadcast(fllw.initial(config, shape), range(stage.stop))
 
 def as_set(pixels):
     return {image.numpy().tobytes() for image in pixels}
@@ -56,8 +54,7 @@ def test_controls_spend_what_they_are_compared_with(unmetered):
         assert replace(row, rounds=80) == replace(config, **changes)
         theirs = replace(config, **compare.ROWS[other or key][0])
         spent, allowed = (fllw.cost(one, SHAPE)["macs"] for one in (row, theirs))
-        off = 0.51 / row.rounds if row.method == "e2e" else 0.1  # else a round's cost varies
-        assert spent == pytest.approx(allowed, rel=off), key
+        assert spent == pytest.approx(allowed, rel=1.2 / row.rounds), key  # rounds cost unlike
 
 def test_the_rate_is_chosen_on_training_images_alone(monkeypatch):
     """The best of three by a score made up here; no image of the test set is looked at."""
@@ -74,9 +71,8 @@ def test_the_rate_is_chosen_on_training_images_alone(monkeypatch):
     assert seen == [as_set(dataset.train_images)] * 3
 
 def test_the_server_trains_all_its_blocks_on_images_that_no_client_has(unmetered):
-    config = lw_fedssl.Settings(**TINY, server_epochs=2, server_share=0.2)
-    (theirs, own), server = lw_fedssl.divide(config, images()), replace(config, local_epochs=2)
-    assert len(own) == 12 and not as_set(theirs.train_images) & as_set(own)
+    (theirs, own), server = lw_fedssl.divide(SMALL, images()), replace(SMALL, local_epochs=2)
+    assert len(own) == 6 and not as_set(theirs.train_images) & as_set(own)
     assert as_set(theirs.train_images) | as_set(own) == as_set(images().train_images)
     work, sizes = lw_fedssl.calibration(server, own), []
 
@@ -87,38 +83,28 @@ def test_the_server_trains_all_its_blocks_on_images_that_no_client_has(unmetered
         expected = fllw.local_train(server, stage, average, own, number, 2**32 - 1)[0]
         assert same_tensors(state.server, expected)
         sizes.append(sum(tensor.nbytes for tensor in expected.values()))
-    fllw.federate(config, data.split(theirs, 2), on_round=on_round)
+    fllw.federate(SMALL, data.split(theirs, 2), on_round=on_round)
     # A client downloads all anew in every round, but for a new block: that is a copy at first.
-    rows, block = dict(lw_fedssl.run(config, images())), sizes[2] - sizes[1]
+    rows, block = dict(lw_fedssl.run(SMALL, images())), sizes[2] - sizes[1]
     assert rows["FLL + calibration"]["download_bytes"] == sum(sizes) - 2 * block
 
-CALIBRATION = lw_fedssl.calibration(SMALL, images().test_images)
-
-@pytest.mark.parametrize("config, client, on_round", [
-    (objectives.Settings(**TINY, objective="byol"), objectives.train_client, None),
-    (lw_fedssl.Settings(**TINY), lw_fedssl.train_client, CALIBRATION)], ids=["byol", "lw_fedssl"])
-def test_the_number_of_threads_changes_no_bit(config, client, on_round):
-    one, three = (fllw.federate(replace(config, workers=workers), data.split(images(48), 2),
-                                None, None, client, on_round) for workers in (1, 3))
-    assert same_tensors(one.server, three.server)
-
 COMMANDS = {  # experiment: (flags, rows of its table)
-    compare: ("--rows raw fll --lr 1e-3 --out runs", 2), objectives: ("", 8), multimodal: ("", 3),
-    lw_fedssl: ("--server-epochs 1", 4)}
+    compare: ("--rows raw fll --lr 1e-3 --out runs", 2), objectives: ("", 6), multimodal: ("", 3),
+    lw_fedssl: ("", 4), early_stopping: ("--rounds 6", 8), personal: ("--clients 4", 24),
+    stragglers: ("--deadlines 0.001", 7)}
 
 @pytest.mark.parametrize("experiment", COMMANDS)
 def test_a_command_saves_its_table_when_asked_and_before_it_prints(
         experiment, npz, tmp_path, monkeypatch, unmetered):
-    flags = [*FLAGS, "--data", str(npz), *COMMANDS[experiment][0].split()]
+    flags = [*FLAGS, "--data", str(npz), *COMMANDS[experiment][0].split(), "--save", "tiny"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    experiment.main(flags)
+    experiments.show("any", {"a row": {"knn": 50.0}})  # was not asked to
     assert not (tmp_path / "results").exists()
-    monkeypatch.setattr(fllw, "train", None)  # compare would fail if it trained a row again
     monkeypatch.setattr(fllw, "table", None)  # printing fails
     monkeypatch.setattr(sys, "argv", ["", "--save", "tiny"])
     with pytest.raises(TypeError):
-        experiment.main([*flags, "--save", "tiny"])
+        experiment.main(flags)
     saved = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert len(saved["rows"]) == COMMANDS[experiment][1]
     assert saved["command"] == f"python -m {experiment.__name__} --save tiny"
@@ -126,11 +112,10 @@ def test_a_command_saves_its_table_when_asked_and_before_it_prints(
 WRONG = """
 compare --save ../up             : must be letters, digits
 compare --rows fll --seeds 1 1   : --seeds names a seed twice
-objectives --out runs            : leave it out
-multimodal --augment natural     : --augment must be digits
-multimodal --patch-size 3        : --patch-size 3 must divide the images
-lw_fedssl --weight nan           : --weight must be from 0
-lw_fedssl --server-share 0.01    : must leave the server 2 of the 60 images
+multimodal --augment natural     : leave it out
+early_stopping --out x           : leave it out
+personal --method fll            : leave it out
+stragglers --deadlines 4 nan     : --deadlines must be above 0
 finetune --labels 5 -1           : --labels 0 or more
 finetune --rows raw              : --rows raw is none
 """

@@ -1,7 +1,6 @@
 """Tests of personal.py, against plain loops."""
 import copy
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ MODEL = personal.begin(CONFIG, images(96), TRAINING, "scratch")
 LAYERS = ["embedding", "block 0", "block 1", "block 2", "final norm", "classifier"]
 
 def bare_fedlag(shared, chosen):
-    """By the paper: the server, models before and after the last round, and pairs in conflict."""
+    """By the paper: models before and after the last round, and pairs of clients in conflict."""
     server, score, model = dict(MODEL.state_dict()), dict.fromkeys(LAYERS, 0), copy.deepcopy(MODEL)
     after = [dict(server) for _ in TRAINING]
     for number in range(1, 7):
@@ -45,18 +44,16 @@ def bare_fedlag(shared, chosen):
         for n in [n for n in server if personal.layer_of(n) not in keep]:
             total = sum(len(part) * own[n].double() for part, own in zip(TRAINING, after))
             server[n] = (total / sum(map(len, TRAINING))).float()
-    return server, before, after, score
+    return before, after, score
 
-@pytest.mark.parametrize("share, chosen", [*personal.ROWS.values(), (0.5, slice(0))])
+@pytest.mark.parametrize("share, chosen", personal.ROWS.values())
 def test_a_run_against_plain_loops(share, chosen, monkeypatch):
-    server, before, after, score = bare_fedlag(share * 6, chosen)
-    models, states, clone, federate = [], [], copy.deepcopy, fllw.federate
+    before, after, score = bare_fedlag(share * 6, chosen)
+    models, clone = [], copy.deepcopy
     monkeypatch.setattr(personal.copy, "deepcopy", lambda m: models.append(clone(m)) or models[-1])
-    monkeypatch.setattr(fllw, "federate", lambda *given: states.append(federate(*given)))
     columns, scores = personal.run(CONFIG, MODEL, images(96), TRAINING, HELD, share, chosen)
-    torch.testing.assert_close(dict(states[0].server), server)
     torch.testing.assert_close([dict(model.state_dict()) for model in models], after)
-    assert {layer: round(sum(found.values()) * 6 / 100) for layer, found in scores.items()} == score
+    assert {layer: round(found * 6 / 100) for layer, found in scores.items()} == score
     for when, tensors in (("before", before), ("after", after)):
         right = []
         for part, own in zip(HELD, tensors):
@@ -64,18 +61,9 @@ def test_a_run_against_plain_loops(share, chosen, monkeypatch):
             guesses = models[0].head(models[0].encoder(data.normalise(PIXELS[part]))).argmax(1)
             right.append(100 * (guesses == LABELS[part]).double().numpy())
         assert columns[when] == pytest.approx(np.concatenate(right).mean())
-        assert columns[f"{when}_sd"] == pytest.approx(np.std([*map(np.mean, right)], ddof=1))
 
-def test_conflicts_do_not_depend_on_the_order_of_clients():
-    updates = [{"head.weight": torch.tensor(v)} for v in ((1., 0.), (-1., 2.), (1., 1.), (-2., 1.))]
-    for order in itertools.permutations(updates):  # three of the six pairs conflict
-        assert personal.conflicts(order, "classifier") == pytest.approx(100 * 3 / 6)
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_a_quarter_of_each_class_is_held_back(alpha):
-    training, held = personal.divide(replace(CONFIG, alpha=alpha), LABELS)
-    assert len(training) == 4 and sorted(torch.cat(training + held).tolist()) == list(range(96))
-    for part, back in zip(training, held):
+def test_a_quarter_of_each_class_is_held_back():
+    assert len(TRAINING) == 4 and sorted(torch.cat(TRAINING + HELD).tolist()) == list(range(96))
+    for part, back in zip(TRAINING, HELD):
         tested, whole = (LABELS[i].bincount(minlength=5) for i in (back, torch.cat([part, back])))
         assert ((tested - whole / 4).abs() < 1).all()
-        assert alpha or (whole > 0).sum() <= 4  # two shards of 12 images; a class has 19 or 20
