@@ -79,7 +79,7 @@ def test_the_film_splits_what_a_round_costs_among_its_clients():
                           for client in fllw.sample_clients(config, number)}]]
     columns = iter(lesson.columns_of(config, (1, 28, 28), rows).values())
     for paid in fllw.replay(config, (1, 28, 28), rows):
-        mean = sum(next(columns)["kB down"] for _ in range(3)) / 3
+        mean = sum(float(next(columns)["kB down"]) for _ in range(3)) / 3
         assert mean == pytest.approx(paid["download_bytes"] / 1e3, abs=0.1)
 
 def test_votes_are_those_of_knn():

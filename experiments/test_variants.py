@@ -69,7 +69,7 @@ def test_a_client_and_its_compute_against_steps_with_whole_copies_of_the_model(
         if not key.endswith(("qkv.bias", "encoder.norm.bias")):  # no gradient but rounding: keys'
             # bias moves no softmax, and batch norm takes a shift of all features away
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
-    # Of a view, by hand: 5 tokens of width 16 in a block, the head, 4 patches; BYOL's predictor, 3x.
+    # Of a view, by hand: 5 tokens of width 16 in a block, head, 4 patches; BYOL's predictor, 3x.
     forward = 5 * 12 * 16**2 + 2 * 5**2 * 16 + 24 * (16 + 24 + 8) + 4 * 49 * 16 * (number == 1)
     predictor = 2 * 24 * 8 * (momentum < 1)
     plain = fllw.count_macs(config, stage, range(number), SHAPE)
