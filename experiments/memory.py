@@ -1,13 +1,11 @@
 """How little memory does a client need? FLL beside activation checkpointing and small models.
 
-    python -m experiments.memory --save memory      # four minutes; nothing is trained
+    python -m experiments.memory --save memory      # some minutes; nothing is trained
 
-ViT-Tiny at the setting of Tun et al. 2024 (arXiv 2401.11647): the peak of a local step of 128
-images, in MiB, by the size of the micro-batches. Checkpointing (Chen et al. 2016, 1604.06174) keeps
-only the input of each block and runs the block again in the backward pass. The floor is what no
-micro-batch can avoid: weights, gradients and AdamW's two moments, 16 bytes for a parameter that
-trains and 4 for a frozen one. GMAC: 10^9 multiply-accumulates for one image over 180 rounds.
-"""
+ViT-Tiny at the setting of Tun et al. 2024 (arXiv 2401.11647), a local step of 128 images, by the
+size of its micro-batches. Checkpointing (Chen et al. 2016, 1604.06174) keeps the input of a block
+and runs it again in the backward pass. Floor: weights, gradients, AdamW's moments: 16 bytes for a
+parameter that trains, 4 for a frozen one. GMAC: 10^9 for one image over 180 rounds."""
 import argparse
 from dataclasses import replace
 from functools import partial
@@ -34,9 +32,8 @@ class Checkpointed(fllw.Config):
 
     def macs(self, stage, kept, image_shape):
         """One more forward pass of every block that trains."""
-        frozen = replace(stage, first=stage.stop)  # counts each block once
-        again = (fllw.count_macs(self, frozen, kept[stage.first:], image_shape)
-                 - fllw.count_macs(self, frozen, [], image_shape))
+        forward = partial(fllw.count_macs, self, replace(stage, first=stage.stop))
+        again = forward(kept, image_shape) - forward([], image_shape)
         return fllw.count_macs(self, stage, kept, image_shape) + again
 
 WHOLE = {"method": "e2e"}
@@ -50,16 +47,16 @@ ROWS = {"end-to-end": fllw.Config(**PHONE | WHOLE),
 def main():
     parser = argparse.ArgumentParser("python -m experiments.memory", description=__doc__)
     parser.add_argument("--save", help="also keep the table as experiments/results/SAVE.json")
-    save, rows = parser.parse_args().save, {}
+    save, rows, sizes = parser.parse_args().save, {}, {"1": 1, "4": 4, "16": 16, "whole": 0}
     for name, config in ROWS.items():
         last = fllw.stages(config)[-1]  # no stage needs more
-        sizes = {"1": 1, "4": 4, "16": 16, "whole": 0}
-        rows[name] = {size: fllw.peak_memory(replace(config, micro_batch=micro), last, SHAPE)
-                      for size, micro in sizes.items()}
-        rows[name]["floor"] = sum(tensor.nbytes * (4 if last.trains(tensor_name) else 1)
-                                  for tensor_name, tensor in fllw.initial(config, SHAPE).items())
-        rows[name] |= {"macs": experiments.macs(config, SHAPE)}
-        rows[name]["micro_macs"] = experiments.macs(replace(config, micro_batch=1), SHAPE)
+        row = {size: fllw.peak_memory(replace(config, micro_batch=micro), last, SHAPE)
+               for size, micro in sizes.items()}
+        row["floor"] = sum(tensor.nbytes * (4 if last.trains(part) else 1)
+                           for part, tensor in fllw.initial(config, SHAPE).items())
+        row["macs"] = experiments.macs(config, SHAPE)
+        row["micro_macs"] = experiments.macs(replace(config, micro_batch=1), SHAPE)
+        rows[name] = row
     columns = {size: (f"{size}, MiB", 2**20, 0) for size in (*sizes, "floor")}
     columns |= {"macs": ("GMAC", 1e9, 0), "micro_macs": ("in micro", 1e9, 0)}
     experiments.show("memory", rows, save, columns)

@@ -1,15 +1,13 @@
-"""Tests of paper_scale.py and speed.py."""
+"""Tests of paper_scale.py."""
 import json
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
-import torch
 
 import data
 import fllw
-from experiments import finetune, paper_scale, speed
-from ssl_loss import evaluate, nt_xent
+from experiments import finetune, paper_scale
+from ssl_loss import evaluate
 
 def test_every_row_is_written_and_is_what_the_modules_give(tmp_path, monkeypatch):
     path, rows = tmp_path / "table.json", []
@@ -36,25 +34,3 @@ def test_the_rounds_fill_the_time(monkeypatch):
     # 2 clients * 3 epochs * (3 + 3 + 4 + 6 + 2) = 108 s a round; 6 rows * 5 epochs * 2 * 6 = 360 s.
     for seconds, rounds in ((360 + 20 * 108, 20), (359 + 20 * 108, 19), (0, 6), (10**6, 50)):
         assert paper_scale.choose_rounds(config, dataset, 5, seconds) == rounds
-
-def test_sides_take_the_same_steps_and_a_missing_one_is_named(monkeypatch, capsys):
-    count = Mock(wraps=nt_xent)
-    monkeypatch.setattr(fllw, "nt_xent", count)
-    monkeypatch.setattr(speed, "nt_xent", count)
-    monkeypatch.setattr(speed, "SIZES", {"small": (2, 128, {"dim": 8})})
-    monkeypatch.setattr(speed, "find_spec", {"torch": True}.get)
-    monkeypatch.setattr(speed, "threads", lambda rows: None)
-    speed.main([])
-    sizes = [len(call.args[0]) for call in count.mock_calls]
-    assert sizes == [64] * 3 * (1 + 2) * 2 * 2  # turns; rounds of both sides; clients; steps
-    said = capsys.readouterr().out
-    assert "pfl is not installed" in said and said.splitlines()[-2].split() == ["bare", "ours"]
-
-def test_two_threads_are_torchs_own_or_a_client_each(monkeypatch):
-    def ours(config, images, train_client):
-        torch.set_num_threads(1)
-        return 10 * config.workers + train_client()
-    monkeypatch.setattr(fllw, "local_train", torch.get_num_threads)
-    monkeypatch.setattr(speed, "ours", ours)
-    speed.threads(rows := {})
-    assert [row["seconds"] for row in rows.values()] == [[11], [12], [21]]
