@@ -101,9 +101,9 @@ def budget(titles):
         points = {}  # method -> (compute, mean, deviation) of each budget
         for row_name, row in [pair for name in names for pair in read_rows(name).items()]:
             method = method_of(row_name)
-            if method and "macs" in row and len(row[column]) > 1:
-                point = (np.mean(row["macs"]) / 1e9, np.mean(row[column]),
-                         np.std(row[column], ddof=1))
+            if method and "macs" in row:
+                spread = np.std(row[column], ddof=1) if len(row[column]) > 1 else np.nan
+                point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
                 points.setdefault(method, []).append(point)
         curves = {}
         for method, found in points.items():
