@@ -573,8 +573,8 @@ def main(arguments=None):
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         share = 100 * dataset.test_labels.bincount().max() / len(dataset.test_labels)
-        print(f"\n{table(rows)}\nmoved: test images under one random view each. {share:.0f} % of "
-              f"them have one class.\nEncoder, checkpoint and table are in {summary.parent}")
+        print(f"\n{table(rows)}\n{share:.0f} % of the test images have one class. moved: in random "
+              f"views; pixels: 64 x 64 at most.\nEncoder, checkpoint, table: {summary.parent}")
 
 if __name__ == "__main__":
     main()
