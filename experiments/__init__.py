@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import fllw
 from data import InputError
 from ssl_loss import COLUMNS
@@ -56,6 +57,18 @@ def add(rows, name, columns):
         columns = columns | {"bytes": columns["download_bytes"] + columns["upload_bytes"]}
     for column, number in columns.items():
         rows.setdefault(name, {}).setdefault(column, []).append(number)
+
+def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=None):
+    """The command of an experiment whose rows_of(config, dataset) yields the rows of its table with
+    one seed: (name, {column: number}). --clients and --alpha say how the images are split."""
+    parser, rows = make_parser(name, doc), {}
+    with data.sentences(parser):
+        config, flags = settings(defaults, vars(parser.parse_args(arguments)), fixed)
+        dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)
+        for seed in flags["seeds"]:
+            for row, found in rows_of(replace(config, seed=seed), dataset):
+                add(rows, row, found)
+        show(name, rows, flags["save"], columns or SHOWN)
 
 def macs(config, image_shape):
     """Multiply-accumulates of a whole run for one image: the mean over at most ten clients."""

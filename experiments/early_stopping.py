@@ -23,6 +23,7 @@ import experiments
 import fllw
 from ssl_loss import nt_xent
 
+FIXED = ("method", "depth_dropout", "micro_batch", "out")
 PATIENCE, TOLERANCE = 2, 0.03  # rounds; nats: a loss that falls by less does not count as lower
 
 class CNN(nn.Module):
@@ -96,25 +97,20 @@ def measure(config, dataset, early=False):
     paid = sum(map(Counter, fllw.replay(config, dataset.shape, state.history)), Counter())
     return {"rounds": len(state.history)} | fllw.result(config, dataset, state) | paid
 
+def rows_of(config, dataset):
+    """The rows of the table with one seed: yields (name, columns)."""
+    for encoder, kind in {"cnn": CNNConfig, "vit": fllw.Config}.items():
+        config = kind(**vars(config))
+        early = measure(config, dataset, early=True)
+        yield f"{encoder} all rounds", measure(config, dataset)
+        yield f"{encoder} early", early
+        yield f"{encoder} evenly", measure(replace(config, rounds=early["rounds"]), dataset)
+        yield f"{encoder} one block", measure(replace(config, method="e2e", depth=1), dataset)
+
 def main(arguments=None):
-    parser, table = experiments.make_parser("early_stopping", __doc__), {}
-    with data.sentences(parser):
-        given = vars(parser.parse_args(arguments))
-        defaults = fllw.Config(images=1000, rounds=48, depth_dropout=0.0)
-        fixed = ("method", "depth_dropout", "micro_batch", "out")
-        config, flags = experiments.settings(defaults, given, fixed)
-        dataset = data.load(config.data, config.cache, config.images)
-        config = replace(config, **data.own_split(dataset, given))
-        for seed in flags["seeds"]:
-            for encoder, kind in {"cnn": CNNConfig, "vit": fllw.Config}.items():
-                one = kind(**vars(config) | {"seed": seed})
-                rows = {"all rounds": measure(one, dataset), "early": measure(one, dataset, True)}
-                rows["evenly"] = measure(replace(one, rounds=rows["early"]["rounds"]), dataset)
-                rows["one block"] = measure(replace(one, method="e2e", depth=1), dataset)
-                for name, columns in rows.items():
-                    experiments.add(table, f"{encoder} {name}", columns)
-        columns = {"rounds": ("rounds", 1, 1), **experiments.SHOWN}
-        experiments.show("early_stopping", table, flags["save"], columns)
+    defaults = fllw.Config(images=1000, rounds=48, depth_dropout=0.0)
+    columns = {"rounds": ("rounds", 1, 1), **experiments.SHOWN}
+    experiments.command("early_stopping", __doc__, defaults, FIXED, rows_of, arguments, columns)
 
 if __name__ == "__main__":
     main()

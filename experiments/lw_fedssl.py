@@ -64,7 +64,7 @@ def calibration(config, images):
         state.server |= upload
     return on_round
 
-def run(config, dataset):
+def rows_of(config, dataset):
     """The rows of the table with one seed: yields (name, columns)."""
     theirs, own = divide(config, dataset)
     clients = data.split(theirs, config.clients, config.alpha, config.seed)
@@ -85,16 +85,8 @@ def run(config, dataset):
     yield "the server alone", evaluate(encoder, dataset, data.recipe_name(config))
 
 def main(arguments=None):
-    parser, rows = experiments.make_parser("lw_fedssl", __doc__), {}
-    with data.sentences(parser):
-        given = vars(parser.parse_args(arguments))
-        defaults = fllw.Config(images=1000, rounds=16, depth_dropout=0.0)
-        config, flags = experiments.settings(defaults, given, FIXED)
-        dataset = data.load(config.data, config.cache, config.images)
-        for seed in flags["seeds"]:
-            for name, columns in run(replace(config, seed=seed), dataset):
-                experiments.add(rows, name, columns)
-        experiments.show("lw_fedssl", rows, flags["save"])
+    defaults = fllw.Config(images=1000, rounds=16, depth_dropout=0.0)
+    experiments.command("lw_fedssl", __doc__, defaults, FIXED, rows_of, arguments)
 
 if __name__ == "__main__":
     main()

@@ -102,25 +102,21 @@ def retrieval(config, server, dataset):
     nearer = (similarity > similarity.diagonal()[:, None]).sum(1)
     return 100 * (nearer < 5).double().mean().item()
 
+def rows_of(config, dataset):
+    """The rows of the table with one seed: yields (name, columns)."""
+    dataset = dataset._replace(train_images=split(dataset.train_images),
+                               test_images=split(dataset.test_images))
+    clients = data.split(dataset, config.clients, config.alpha, config.seed)
+    for name, changes in (("end-to-end", {"method": "e2e"}),
+                          ("one block", {"method": "e2e", "depth": 1}), ("FLL", {})):
+        row = replace(config, **changes)
+        state = fllw.federate(row, clients, train_client=train_client)
+        columns = fllw.result(row, dataset, state, train_client=train_client)
+        yield name, columns | {"top5": retrieval(row, state.server, dataset)}
+
 def main(arguments=None):
-    parser = experiments.make_parser("multimodal", __doc__)
-    with data.sentences(parser):
-        defaults = Settings(images=1000, rounds=16, depth_dropout=0.0, clients=4, augment="digits")
-        given = vars(parser.parse_args(arguments))
-        config, flags = experiments.settings(defaults, given, FIXED)
-        whole, rows = data.load(config.data, config.cache, config.images), {}
-        dataset = whole._replace(train_images=split(whole.train_images),
-                                 test_images=split(whole.test_images))
-        for name, method, depth in (("end-to-end", "e2e", config.depth), ("one block", "e2e", 1),
-                                    ("FLL", "fll", config.depth)):
-            for seed in flags["seeds"]:
-                row = replace(config, method=method, depth=depth, seed=seed)
-                clients = data.split(dataset, row.clients, row.alpha, seed)
-                state = fllw.federate(row, clients, train_client=train_client)
-                columns = fllw.result(row, dataset, state, train_client=train_client)
-                columns["top5"] = retrieval(row, state.server, dataset)
-                experiments.add(rows, name, columns)
-        experiments.show("multimodal", rows, flags["save"], COLUMNS)
+    defaults = Settings(images=1000, rounds=16, depth_dropout=0.0, clients=4, augment="digits")
+    experiments.command("multimodal", __doc__, defaults, FIXED, rows_of, arguments, COLUMNS)
 
 if __name__ == "__main__":
     main()

@@ -91,7 +91,7 @@ def train_client(config, stage, message, images, round_number, client):
     step = step_with_targets(LOSSES[config.objective], MOMENTUM)
     return fllw.local_train(config, stage, message, images, round_number, client, step)
 
-def run(config, dataset):
+def rows_of(config, dataset):
     """The rows of the table with one seed: yields (name, columns)."""
     clients = data.split(dataset, config.clients, config.alpha, config.seed)
     for objective in ("nt_xent", *LOSSES):
@@ -104,16 +104,8 @@ def run(config, dataset):
             yield f"{objective}, {name}", columns
 
 def main(arguments=None):
-    parser, rows = experiments.make_parser("objectives", __doc__), {}
-    with data.sentences(parser):
-        given = vars(parser.parse_args(arguments))
-        defaults = fllw.Config(images=1000, rounds=16, depth_dropout=0.0)
-        config, flags = experiments.settings(defaults, given, FIXED)
-        dataset = data.load(config.data, config.cache, config.images)
-        for seed in flags["seeds"]:
-            for name, columns in run(replace(config, seed=seed), dataset):
-                experiments.add(rows, name, columns)
-        experiments.show("objectives", rows, flags["save"])
+    defaults = fllw.Config(images=1000, rounds=16, depth_dropout=0.0)
+    experiments.command("objectives", __doc__, defaults, FIXED, rows_of, arguments)
 
 if __name__ == "__main__":
     main()

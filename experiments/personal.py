@@ -11,7 +11,6 @@ the others. Unlike both, an update is what a round changed, no gradient, and a l
 embedding, the final norm or the classifier."""
 import copy
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ ROWS = {  # name: (share of the rounds in which all is averaged; which layers ar
     "FedAvg": (1, slice(0)), "local only": (0, slice(None)), "FedPer": (0, slice(-1, None)),
     "FedAvg, then local only": (0.5, slice(None)), "FedLAG, top 1": (0.5, slice(1)),
     "FedLAG, top 3": (0.5, slice(3)), "the 3 with fewest conflicts": (0.5, slice(-3, None))}
+FIXED = ("method", "clients_per_round", "local_epochs", "amp", "out")
 COLUMNS = {name: (f"{name} %", 1, 1) for name in ("before", "after", "conflicts")}
 
 def divide(config, labels):
@@ -95,26 +95,23 @@ def run(config, model, dataset, training, held, share, chosen):
     before, after = (torch.cat(each).mean().item() for each in zip(*right))  # weighted by images
     return {"before": before, "after": after}, scores
 
+def rows_of(config, dataset):
+    """The rows of the table with one seed: yields (name, columns)."""
+    if dataset.train_labels.min() < 0:
+        raise data.InputError("every training image needs a label")
+    training, held = divide(config, dataset.train_labels)
+    for start in ("FLL", "scratch"):
+        model = begin(config, dataset, training, start)
+        for name in ROWS:
+            columns, scores = run(config, model, dataset, training, held, *ROWS[name])
+            yield f"{start}: {name}", columns
+            for layer, score in scores.items() if name == "FedAvg" else ():
+                yield f"{start}: {layer}", {"conflicts": score / config.rounds}
+
 def main(arguments=None):
-    parser, table = experiments.make_parser("personal", __doc__), {}
-    with data.sentences(parser):
-        defaults = fllw.Config(images=1000, dim=32, depth=3, clients=20, alpha=0.1, rounds=12,
-                               batch_size=16, lr=0.01, depth_dropout=0.0, method="e2e")
-        fixed = ("method", "clients_per_round", "local_epochs", "amp", "out")
-        config, flags = experiments.settings(defaults, vars(parser.parse_args(arguments)), fixed)
-        dataset = data.load(config.data, config.cache, config.images)
-        if dataset.train_labels.min() < 0:
-            raise data.InputError("every training image needs a label")
-        for seed, start in product(flags["seeds"], ("FLL", "scratch")):
-            one = replace(config, seed=seed)
-            training, held = divide(one, dataset.train_labels)
-            model = begin(one, dataset, training, start)
-            for name in ROWS:
-                columns, scores = run(one, model, dataset, training, held, *ROWS[name])
-                experiments.add(table, f"{start}: {name}", columns)
-                for layer, score in scores.items() if name == "FedAvg" else ():
-                    experiments.add(table, f"{start}: {layer}", {"conflicts": score / one.rounds})
-        experiments.show("personal", table, flags["save"], COLUMNS)
+    defaults = fllw.Config(images=1000, dim=32, depth=3, clients=20, alpha=0.1, rounds=12,
+                           batch_size=16, lr=0.01, depth_dropout=0.0, method="e2e")
+    experiments.command("personal", __doc__, defaults, FIXED, rows_of, arguments, COLUMNS)
 
 if __name__ == "__main__":
     main()

@@ -85,7 +85,7 @@ def test_the_server_trains_all_its_blocks_on_images_that_no_client_has(unmetered
         sizes.append(sum(tensor.nbytes for tensor in expected.values()))
     fllw.federate(SMALL, data.split(theirs, 2), on_round=on_round)
     # A client downloads all anew in every round, but for a new block: that is a copy at first.
-    rows, block = dict(lw_fedssl.run(SMALL, images())), sizes[2] - sizes[1]
+    rows, block = dict(lw_fedssl.rows_of(SMALL, images())), sizes[2] - sizes[1]
     assert rows["FLL + calibration"]["download_bytes"] == sum(sizes) - 2 * block
 
 COMMANDS = {  # experiment: (flags, rows of its table)
