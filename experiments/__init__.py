@@ -3,7 +3,6 @@
 Here is what they share: flags, tables over seeds, and where results are kept.
 """
 import argparse
-import contextlib
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 import data
 import fllw
-from data import InputError
 from ssl_loss import COLUMNS
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,7 +28,7 @@ def make_parser(name, doc, seeds=(0, 1, 2)):
     parser = fllw.make_parser((doc or "").split("\n\n")[0], f"python -m experiments.{name}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds),
                         help="instead of --seed (default: %(default)s)")
-    with contextlib.suppress(AttributeError):  # a notebook's stream has no such method
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream has no such method
         sys.stdout.reconfigure(errors="replace")  # some terminals do not know the plus-minus sign
     parser.add_argument("--save", metavar="NAME", type=plain_name, default=None,
                         help="also keep the table as experiments/results/NAME.json")
@@ -41,10 +39,10 @@ def settings(defaults, given, fixed=()):
 
     fixed: settings that the experiment sets itself; InputError if one of them was given."""
     for name in {"seed", *fixed} & given.keys():
-        raise InputError(f"--{name.replace('_', '-')} differs from row to row or is fixed here: "
-                         "leave it out")
+        flag = name.replace("_", "-")
+        raise data.InputError(f"--{flag} is fixed here, or differs from row to row: leave it out")
     if len(set(given["seeds"])) < len(given["seeds"]):
-        raise InputError("--seeds names a seed twice: their spread would be wrong")
+        raise data.InputError("--seeds names a seed twice: their spread would be wrong")
     own = {name: value for name, value in given.items() if name in asdict(defaults)}
     config = replace(defaults, **own)
     for seed in given["seeds"]:

@@ -4,9 +4,8 @@
 
 The control of FLL is what fits into its memory: one block, or in micro-batches a small model, and
 progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349, and Tun et al. 2024, 2401.11647).
-Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Each row's
-learning rate is chosen first, by short runs on training images alone, unless --lr gives one. Rerun
-a command to resume.
+Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Of several
+--rates each row takes its best, by short runs on training images alone. A rerun resumes.
 """
 import json
 from dataclasses import replace
@@ -17,25 +16,21 @@ import torch
 import data
 import experiments
 import fllw
-from data import InputError
 from ssl_loss import evaluate
 
 PROGRESSIVE = {"method": "progressive", "micro_batch": 16}
 ROWS = {  # name: (changes of the settings, the row whose compute it may spend)
-    "raw": ({}, None), "untrained": ({}, None),
-    "one-block": ({"method": "e2e", "depth": 1}, "fll"),
+    "untrained": ({}, None), "one-block": ({"method": "e2e", "depth": 1}, "fll"),
     "two-blocks": ({"method": "e2e", "depth": 2, "micro_batch": 16}, "fll"),
     "progressive": (PROGRESSIVE, "fll"),
     "progressive-fdd": ({**PROGRESSIVE, "depth_dropout": 0.25}, "fll"),
     "progressive-fdd-half": ({**PROGRESSIVE, "depth_dropout": 0.5}, "fll"),
-    "fll": ({}, None),
+    "fll": ({}, None), "fll-as-fdd": ({}, "fdd"), "fll-as-fdd-half": ({}, "fdd-half"),
     "fdd": ({"depth_dropout": 0.25}, None), "fdd-half": ({"depth_dropout": 0.5}, None),
-    "fll-as-fdd": ({}, "fdd"), "fll-as-fdd-half": ({}, "fdd-half"),
     "pairs": ({"blocks_per_stage": 2, "micro_batch": 16}, "fll"),
     "e2e": ({"method": "e2e"}, "fll"), "e2e-micro": ({"method": "e2e", "micro_batch": 16}, "fll"),
     "e2e-rounds": ({"method": "e2e"}, None)}
-BASELINES = {"raw": "raw pixels", "untrained": "untrained encoder"}
-FIXED = ("method", "depth_dropout", "micro_batch", "blocks_per_stage")
+FIXED = ("method", "depth_dropout", "micro_batch", "blocks_per_stage", "lr")
 
 def row_of(key, config, image_shape):
     """The settings of a row, with the rounds that its compute allows."""
@@ -50,11 +45,9 @@ def row_of(key, config, image_shape):
 
 def name_of(key, row):
     """What a row is called in the table."""
-    if key in BASELINES:
-        return BASELINES[key]
-    name = fllw.label(row)
-    if key in ("one-block", "two-blocks"):
-        name = key.replace("-", " ")
+    if key == "untrained":
+        return "untrained encoder"
+    name = key.replace("-", " ") if key in ("one-block", "two-blocks") else fllw.label(row)
     if row.micro_batch:
         name += f", micro-batches of {row.micro_batch}"
     return f"{name}, {row.rounds} rounds"
@@ -74,10 +67,8 @@ def measure(key, row, dataset, out):
     fllw.open_run(row, dataset)  # refuses a folder of other settings
     if path.exists():
         return json.loads(path.read_text())
-    if key in BASELINES:
-        encoder = None
-        if key == "untrained":
-            encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
+    if key == "untrained":
+        encoder = fllw.encoder_of(row, fllw.initial(row, dataset.shape), dataset.shape)
         columns = evaluate(encoder, dataset, data.recipe_name(row))
     else:
         columns = fllw.result(row, dataset, fllw.train(row, dataset))
@@ -97,9 +88,8 @@ def plan_rows(keys, config, dataset, out, rates):
     """The settings of the rows `keys`: {key: Config}, and what every rate scored."""
     plan, tried = {}, {}
     for key in keys:
-        plan[key] = row_of(key, config, dataset.shape)
-        if len(rates) == 1 or key in BASELINES:
-            plan[key] = replace(plan[key], lr=rates[0])
+        plan[key] = replace(row_of(key, config, dataset.shape), lr=rates[0])
+        if len(rates) == 1 or key == "untrained":
             continue
         tried[key] = choose_rate(key, plan[key], dataset, out, rates)
         plan[key] = replace(plan[key], lr=max(tried[key], key=tried[key].get))
@@ -107,16 +97,14 @@ def plan_rows(keys, config, dataset, out, rates):
               + ", ".join(f"{rate:g}: {score:.1f}" for rate, score in tried[key].items()))
     return plan, tried
 
-def read_flags(parser, arguments, default):
+def read_flags(parser, arguments):
     """(settings, other flags, Dataset, folder of the runs), from the command's flags."""
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=default.split(), metavar="ROW",
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", required=True,
                         help="in the order of the table: " + " ".join(ROWS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3],
-                        help="learning rates to choose from; --lr gives one to all rows")
+                        help="learning rates to choose from, row by row")
     given = vars(parser.parse_args(arguments))
     config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
-    if "lr" in given:
-        flags["rates"] = [config.lr]
     for rate in flags["rates"]:
         fllw.validate(replace(config, lr=rate))
     dataset = data.load(config.data, config.cache, config.images)
@@ -127,16 +115,15 @@ def read_flags(parser, arguments, default):
 def main(arguments=None):
     parser = experiments.make_parser("compare", __doc__)
     with data.sentences(parser):
-        config, flags, dataset, out = read_flags(parser, arguments, "one-block two-blocks fll fdd")
+        config, flags, dataset, out = read_flags(parser, arguments)
         plan, tried = plan_rows(flags["rows"], config, dataset, out, flags["rates"])
         rows = {}
         for seed in flags["seeds"]:
             for key in flags["rows"]:
                 columns = measure(key, replace(plan[key], seed=seed), dataset, out)
                 experiments.add(rows, name_of(key, plan[key]), columns)
-        rates = {name_of(key, row): row.lr for key, row in plan.items() if key not in BASELINES}
+        rates = {name_of(key, row): row.lr for key, row in plan.items()}
         experiments.show("compare", rows, flags["save"], rates=rates, tried=tried)
-        print(f"{len(dataset.test_images):,} test images, seeds {flags['seeds']}")
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ and hatches are for grey print."""
 import argparse
 import io
 import json
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,9 +65,8 @@ def label_ends(ax, curves, apart=0.06):
                     ).set_in_layout(False)
 
 def read_rows(name):
-    """The rows of experiments/results/NAME.json; none if the file is not there."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else {}
+    """The rows of experiments/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
 def memory_frontier():
     """Peak memory of a local step against the size of its micro-batches, of experiments.memory."""
@@ -86,12 +86,9 @@ def memory_frontier():
 
 def method_of(name):
     """What a row of results is called in the figure; None for what it does not show."""
-    if "top" in name or "rate" in name.split("rounds")[-1] or "0.5" in name or "0.75" in name:
-        return None
-    if "pixels" in name or "untrained" in name or " by " in name:
-        return None
-    return next((part for part in ("FLL + FDD", "FLL", "progressive", "one block", "two blocks",
-                                   "end-to-end") if part in name), None)
+    method = r"FLL \+ FDD 0.25|FLL(?! \+)|progressive(?! \+)|one block|two blocks|end-to-end"
+    found = re.match(f"({method})(?!.*bytes)", name)
+    return found and found[1]
 
 def budget(titles):
     """Accuracy against compute; titles: (title, column) -> names of results. A point is a method
@@ -118,8 +115,8 @@ def budget(titles):
 def stages_gif(path, dropout=0.25, step=5):
     """The stages of ViT-Tiny with FLL and depth dropout as an animated GIF: the blocks of three
     clients, memory, and bytes so far; one frame every `step` rounds, and the last one stays."""
-    config = fllw.Config(**memory.PHONE | {"depth_dropout": dropout})
-    whole = fllw.cost(fllw.Config(**memory.PHONE | memory.WHOLE), memory.SHAPE)
+    config = memory.vit_tiny(depth_dropout=dropout)
+    whole = fllw.cost(memory.ROWS["end-to-end"], memory.SHAPE)
     total = (whole["download_bytes"] + whole["upload_bytes"]) / 1e6
     plan = [(stage, number) for stage in fllw.stages(config) for number in stage.rounds]
     rows = [{"round": number, "stage": stage.number,

@@ -87,12 +87,11 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--labels", nargs="+", type=int, default=[0], help="a class; 0: all")
     with data.sentences(parser):
-        config, flags, dataset, out = compare.read_flags(
-            parser, arguments, "untrained one-block fll")
+        config, flags, dataset, out = compare.read_flags(parser, arguments)
         if min(flags["epochs"], 1 + min(flags["labels"])) < 1:
             raise data.InputError("--epochs must be 1 or more, and --labels 0 or more")
-        if "raw" in flags["rows"] or dataset.train_labels.max() < 0:
-            raise data.InputError("fine-tuning needs an encoder (--rows raw is none) and labels")
+        if dataset.train_labels.max() < 0:
+            raise data.InputError("fine-tuning needs labels")
         plan, _ = compare.plan_rows(flags["rows"], config, dataset, out, flags["rates"])
         rows = {}
         for seed, key in product(flags["seeds"], plan):

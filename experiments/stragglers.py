@@ -109,8 +109,7 @@ def main(arguments=None):
         config, flags = experiments.settings(defaults, vars(parser.parse_args(arguments)), fixed)
         if not all(0 < deadline < np.inf for deadline in flags["deadlines"]):
             raise data.InputError("--deadlines must be above 0 seconds")
-        dataset = data.load(config.data, config.cache, config.images)
-        dataset = dataset._replace(train_clients=None)  # --alpha shares them out
+        dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)
         for seed, deadline, name in product(flags["seeds"], flags["deadlines"], ROWS):
             changes, rule = ROWS[name]
             one = replace(config, seed=seed, **changes)

@@ -89,9 +89,9 @@ def test_the_server_trains_all_its_blocks_on_images_that_no_client_has(unmetered
     assert rows["FLL + calibration"]["download_bytes"] == sum(sizes) - 2 * block
 
 COMMANDS = {  # experiment: (flags, rows of its table)
-    compare: ("--rows raw fll --lr 1e-3 --out runs", 2), objectives: ("", 6), multimodal: ("", 3),
-    lw_fedssl: ("", 4), early_stopping: ("--rounds 6", 8), personal: ("--clients 4", 24),
-    stragglers: ("--deadlines 0.001", 8)}
+    compare: ("--rows untrained fll --rates 1e-3 --out runs", 2), objectives: ("", 6),
+    multimodal: ("", 3), lw_fedssl: ("", 4), early_stopping: ("--rounds 6", 8),
+    personal: ("--clients 4", 24), stragglers: ("--deadlines 0.001", 8)}
 
 @pytest.mark.parametrize("experiment", COMMANDS)
 def test_a_command_saves_its_table_when_asked_and_before_it_prints(
@@ -110,14 +110,14 @@ def test_a_command_saves_its_table_when_asked_and_before_it_prints(
     assert saved["command"] == f"python -m {experiment.__name__} --save tiny"
 
 WRONG = """
-compare --save ../up             : must be letters, digits
+compare --rows fll --save ../up  : must be letters, digits
 compare --rows fll --seeds 1 1   : --seeds names a seed twice
 multimodal --augment natural     : leave it out
 early_stopping --out x           : leave it out
 personal --method fll            : leave it out
 stragglers --deadlines 4 nan     : --deadlines must be above 0
-finetune --labels 5 -1           : --labels 0 or more
-finetune --rows raw              : --rows raw is none
+finetune --rows fll --labels 5 -1 : --labels 0 or more
+compare --rows fll --lr 1e-3     : leave it out
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())

@@ -36,7 +36,7 @@ def test_fine_tuning_learns_from_labels_and_leaves_the_encoder_alone():
 
 def test_the_command_tunes_what_compare_trained(
         npz, tmp_path, monkeypatch, capsys, unmetered):  # noqa: F811
-    flags = [*FLAGS, "--data", str(npz), "--lr", "1e-3", "--out", str(tmp_path), "--rows"]
+    flags = [*FLAGS, "--data", str(npz), "--rates", "1e-3", "--out", str(tmp_path), "--rows"]
     flags += ["untrained", "one-block", "fll"]
     compare.main(flags)
     monkeypatch.setattr(fllw, "train", None)  # would fail if an encoder were trained again
