@@ -23,6 +23,9 @@ STYLES = {  # of the methods: the first of these names that is a part of a row's
     "FDD": (ORANGE, "-"), "FLL": ("#E69F00", "-"), "progressive": (GREEN, "-"),
     "one block": (PINK, "-."), "two blocks": (BLUE, "-."), "checkpointed": ("#555555", ":"),
     "end-to-end": (NAVY, "--")}
+BUDGETS = {  # (title, accuracy) of a panel -> names of results
+    ("digits, 4 blocks", "moved_knn"): ("digits-192", "digits-192-controls"),
+    ("CIFAR-10, 10,000 images, 6 blocks", "knn"): ("cifar10-48",)}
 ROOM = {"left": 0.1, "bottom": 0.15, "right": 0.76, "top": 0.92, "wspace": 0.7}  # for names
 plt.rcParams.update({"figure.constrained_layout.use": True, "grid.alpha": 0.3,
                      "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
@@ -90,11 +93,11 @@ def method_of(name):
     found = re.match(f"({method})(?!.*bytes)", name)
     return found and found[1]
 
-def budget(titles):
-    """Accuracy against compute; titles: (title, column) -> names of results. A point is a method
-    with one budget, its bar the standard deviation over seeds."""
-    axes = panels(10, 3.8, [title for title, _ in titles], layout="none", gridspec_kw=ROOM)
-    for ax, ((_, column), names) in zip(axes, titles.items()):
+def budget():
+    """Accuracy against compute, of BUDGETS. A point is a method with one budget, its bar the
+    standard deviation over seeds."""
+    axes = panels(10, 3.8, [title for title, _ in BUDGETS], layout="none", gridspec_kw=ROOM)
+    for ax, ((_, column), names) in zip(axes, BUDGETS.items()):
         points = {}  # method -> (compute, mean, deviation) of each budget
         for row_name, row in [pair for name in names for pair in read_rows(name).items()]:
             method = method_of(row_name)
@@ -154,9 +157,7 @@ def draw_blocks(ax, x, stage, kept):
 def main():
     argparse.ArgumentParser("python -m experiments.figures", description=__doc__).parse_args()
     memory_frontier().savefig(ASSETS / "memory.png", dpi=100)
-    results = {("digits, 4 blocks", "moved_knn"): ("digits-192", "digits-192-progressive"),
-               ("CIFAR-10, 10,000 images, 6 blocks", "knn"): ("cifar10-48",)}
-    budget(results).savefig(ASSETS / "budget.png", dpi=100)
+    budget().savefig(ASSETS / "budget.png", dpi=100)
     stages_gif(ASSETS / "stages.gif")
 
 if __name__ == "__main__":

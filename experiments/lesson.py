@@ -42,18 +42,14 @@ def table(rows, columns=(), best=False):
     body = "".join("<tr><td>" + "</td><td>".join(line) + "</td></tr>" for line in lines)
     display.display(display.HTML(f"<table>{body}</table>"))
 
-def plot(curves, ylabel, alt, **settings):
-    """Show a panel for each of curves: {label of x: {name: (x [n], y [n] or, over seeds, [n, s])}}.
-    A mark is a mean, its bar a standard deviation."""
-    axes = panels(8.5, 3.8, [""] * len(curves))
-    for ax, (xlabel, named) in zip(axes, curves.items()):
-        for marker, (name, (x, y)) in zip("osD^vPX", named.items()):
-            seeds = np.reshape(y, (len(x), -1))  # [n, s]
-            spread = seeds.std(1, ddof=1) if seeds.shape[1] > 1 else None
-            ax.errorbar(x, seeds.mean(1), spread, marker=marker, markevery=1 + len(x) // 20,
-                        capsize=4, label=name, **style_of(name))
-        ax.set(xlabel=xlabel, ylabel=ylabel, ymargin=0.1, **settings)
-    show(legend_below(ax.figure, 3), alt)
+def memory(live):
+    """Show {name: MiB [n] in use during two local steps, operation by operation}, and the peaks."""
+    (ax,) = panels(8.5, 3.8)
+    for name, mib in live.items():  # they differ in n, and all get one width
+        ax.plot(np.linspace(0, 2, len(mib)), mib, label=name, **style_of(name))
+    ax.set(xlabel="two local steps, operation by operation", xticks=[], ylabel="memory (MiB)")
+    show(legend_below(ax.figure), "Memory of two local steps: high peaks end to end, low in FLL")
+    table({name: {"peak MiB": f"{mib.max():.1f}"} for name, mib in live.items()})
 
 def pictures(rows, names, alt, heads=(), framed=()):
     """Show rows of images [C, H, W]; names: one a row; heads: (column, text); framed: (row, column)
@@ -95,7 +91,7 @@ def draw_models(ax, config, models):
     ax.set(ylim=(-1.5, config.depth + 0.5), yticks=range(-1, config.depth + 1),
            yticklabels=["embedding", *(f"block {b}" for b in range(config.depth)), "norm, head"])
 
-def diagram(alt):
+def diagram():
     """Show a round of stage 3: what the server and three clients hold, and what travels."""
     config, (ax,) = fllw.Config(depth=3), panels(8.5, 3.6)
     stage = fllw.stages(config)[2]
@@ -108,7 +104,8 @@ def diagram(alt):
     for y, arrow in ((0, "-|>"), (2.5, "<|-")):
         ax.annotate("", (5.4, y), (0.6, y), arrowprops={"arrowstyle": arrow, "lw": 2})
     ax.set(xticks=[])
-    show(legend_below(ax.figure), alt)
+    show(legend_below(ax.figure), "A round of stage 3. The server sends what clients 0 and 2 lack; "
+         "client 0 drops block 0; client 1 is not asked. Block 2, norm and head come back.")
 
 def columns_of(config, image_shape, history):
     """{"round 1, client 0": what this client held, lost and paid in this round}, in order."""
