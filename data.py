@@ -19,7 +19,7 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def friendly_errors(what, advice):
-    """Turn any error of a missing, damaged or foreign file into an InputError."""
+    """Turn any error in the block into an InputError, "what (reason): advice"."""
     try:
         yield
     except Exception as error:  # torch.load and numpy.load raise many kinds
@@ -36,20 +36,20 @@ def sentences(parser):
     except (InputError, FloatingPointError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted: the same command resumes\n")
+        parser.exit(130, "interrupted: rerun the same command\n")
     except (MemoryError, OSError, RuntimeError) as error:
         short = isinstance(error, MemoryError) or "allocate" in str(error)  # the words of torch
         if isinstance(error, RuntimeError) and not short:
             raise
         reason = "memory is short" if short else error
-        parser.exit(1, f"{reason}: what was saved is whole, the same command resumes\n")
+        parser.exit(1, f"{reason}: saved files are intact; rerun the same command\n")
 
 class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, C, H, W]
     train_labels: torch.Tensor  # int64 [N], -1: none; clients never see them
     test_images: torch.Tensor   # uint8 [M, C, H, W]
     test_labels: torch.Tensor   # int64 [M]
-    train_clients: torch.Tensor = None  # int64 [N], whose image it is, if the file says so
+    train_clients: torch.Tensor = None  # int64 [N], owner of each image; None: not in the file
 
     @property
     def shape(self):
@@ -73,8 +73,8 @@ CIFAR = {  # name: (URL, SHA-256, members for training, for testing, bytes of la
                  ["cifar-100-binary/train.bin"], ["cifar-100-binary/test.bin"], 2)}
 
 def load(name, cache="~/.cache/fllw", images=0):
-    """Load `mnist5k` (embedded), `cifar10` or `cifar100` (downloaded once), or a FILE.npz. images:
-    keep at most so many training images, always the same; 0: all. Raises InputError."""
+    """Load `mnist5k` (included), `cifar10` or `cifar100` (downloaded once), or a FILE.npz. images:
+    keep at most this many training images, the same ones each time; 0: all. Raises InputError."""
     known = str(name).lower()
     if known in CIFAR:
         dataset = load_cifar(*CIFAR[known], Path(cache))
@@ -89,9 +89,9 @@ def load(name, cache="~/.cache/fllw", images=0):
     return dataset
 
 def load_npz(path):
-    """Read an .npz in MedMNIST's layout: images uint8 [N, H, W] or [N, H, W, C], labels whole
-    numbers [N] or [N, 1]. Training labels may be missing, or below 0: then the image has none.
-    train_clients, if there, says whose image each is."""
+    """Dataset from an .npz in MedMNIST's layout: images uint8 [N, H, W] or [N, H, W, C], labels
+    integers [N] or [N, 1], renumbered from 0. A training image whose label is missing or below 0
+    has none. train_clients, if given, names the owner of each. Raises InputError."""
     needed = ("train_images", "test_images", "test_labels")
     with friendly_errors(f"{path} cannot be read", "it must be an .npz of plain arrays"):
         with np.load(path.expanduser(), allow_pickle=False) as file:
@@ -101,16 +101,16 @@ def load_npz(path):
         if key not in arrays:
             raise InputError(f"{path} has no {key!r}: it needs {', '.join(needed)}")
     train, test = (read_images(path, key, arrays[key]) for key in needed[:2])
-    if train.shape[1:] != test.shape[1:]:
-        raise InputError(f"{path}: train and test images differ in shape, they must not")
+    if (one := [*train.shape[1:]]) != (other := [*test.shape[1:]]):
+        raise InputError(f"{path}: test images must be {one}, as training images are, not {other}")
     if train.max() < 32:
-        print(f"note: no training pixel is above {int(train.max())}; they should range to 255")
+        print(f"note: no training pixel is above {int(train.max())}; the range should be 0 to 255")
     arrays.setdefault("train_labels", np.full(len(train), -1))
     arrays = {key: read_numbers(path, key, array, len(test if key == "test_labels" else train))
               for key, array in arrays.items() if not key.endswith("images")}
     labels, truth = arrays["train_labels"].clamp(min=-1), arrays["test_labels"]
     if truth.min() < 0:
-        raise InputError(f"{path}: test_labels must be 0 or more, one is {truth.min()}")
+        raise InputError(f"{path}: test_labels must be 0 or more, not {truth.min()}")
     if labels.min() < 0:
         print(f"note: {(labels >= 0).sum():,} of {len(labels):,} training images have a label")
     classes = torch.cat([labels[labels >= 0], truth]).unique()
@@ -129,13 +129,13 @@ def read_images(path, key, images):
 def read_numbers(path, key, numbers, count):
     """An array of a file -> int64 tensor [count], or InputError."""
     if numbers.dtype.kind not in "iu" or numbers.size != count or numbers.max() >= 2**63:
-        raise InputError(f"{path}: {key} must be {count} whole numbers below 2^63, one an image, "
+        raise InputError(f"{path}: {key} must be {count} whole numbers below 2^63, one per image; "
                          f"they are {numbers.dtype} {list(numbers.shape)}")
     return torch.from_numpy(numbers.reshape(count).astype(np.int64))
 
 def load_cifar(url, sha256, train, test, label_bytes, cache):
-    """Read the records of an official archive, which is downloaded once, under a temporary name,
-    and read in place: nothing is unpacked, unpickled, or trusted before its checksum matches."""
+    """Dataset from an official archive. It is downloaded once, under a temporary name, is used only
+    if its SHA-256 matches, and is read without unpacking or unpickling. Raises InputError."""
     name = url.rsplit("/", 1)[1]
     with friendly_errors(f"could not download {url}",
                          f"rerun the command, or put the file at {cache / name} yourself"):
@@ -147,7 +147,7 @@ def load_cifar(url, sha256, train, test, label_bytes, cache):
             with urllib.request.urlopen(url, timeout=60) as reply:
                 source.write_bytes(reply.read())
         if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
-            raise InputError(f"{source} does not match its SHA-256: delete it, rerun the command")
+            raise InputError(f"{source} has the wrong SHA-256: delete it and rerun the command")
         if source != path:
             source.replace(path)
 
@@ -169,26 +169,26 @@ def own_split(dataset, given):
         raise InputError(f"--{name} cannot be given: train_clients in the file splits the images")
     names, counts = dataset.train_clients.unique(return_counts=True)
     if counts.min() < 2:
-        raise InputError(f"client {names[counts.argmin()]} has one image, each needs 2 or more")
+        raise InputError(f"client {names[counts.argmin()]} has only 1 image: each needs at least 2")
     return {"clients": len(names)}
 
 def split(dataset, clients, alpha=0.0, seed=0):
-    """Each client's own images: a list of uint8 tensors [n, C, H, W]."""
+    """A list of each client's images, uint8 [n, C, H, W]: by train_clients, else by partition()."""
     owners = dataset.train_clients
     parts = (partition(dataset.train_labels, clients, alpha, seed) if owners is None else
              [owners == name for name in owners.unique()])
     return [dataset.train_images[part] for part in parts]
 
 def partition(labels, clients, alpha=0.0, seed=0):
-    """Give each image to one client, at least 2 to each: labels int64 [N] -> `clients` indices.
-    alpha = 0 deals them out at random in equal shares (IID). alpha > 0 draws, for every class, the
-    clients' shares from Dirichlet(alpha), as Yurochkin et al. 2019 do (arXiv 1905.12022)."""
+    """Labels int64 [N] -> each client's image indices, a list of int64 [n >= 2]. alpha = 0: equal
+    shares at random (IID). alpha > 0: each class is divided by a draw from Dirichlet(alpha), as in
+    Yurochkin et al. 2019 (arXiv 1905.12022). Raises InputError for too few images or no labels."""
     if len(labels) < 2 * clients:
         raise InputError(f"{clients} clients need {2 * clients} images or more, not {len(labels)}")
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(len(labels))
     if alpha and labels.max() < 0:
-        raise InputError("--alpha splits by labels, and no training image has one: leave it out")
+        raise InputError("--alpha needs training labels, and there are none: leave --alpha out")
     if alpha == 0:
         return [torch.from_numpy(part) for part in np.array_split(order, clients)]
     owner = np.empty(len(labels), dtype=np.int64)  # image -> client
@@ -199,7 +199,7 @@ def partition(labels, clients, alpha=0.0, seed=0):
         for client, part in enumerate(np.split(images, cuts.round().astype(int))):
             owner[part] = client
     while (sizes := np.bincount(owner, minlength=clients)).min() < 2:
-        poor = np.argmax(sizes < 2)  # the first client without two: one image makes no contrast
+        poor = np.argmax(sizes < 2)  # the first with fewer than 2: one image has no negatives
         owner[np.argmax(owner == sizes.argmax())] = poor  # the largest client's first image
     return [torch.from_numpy(np.flatnonzero(owner == client)) for client in range(clients)]
 
@@ -214,9 +214,9 @@ class Recipe:
     shear: float = 0.0   # +- degrees
     elastic: float = 0.0   # +- share of its size by which a 4 x 4 grid bends it (Simard 2003)
     flip: float = 0.0      # probability of a horizontal flip
-    jitter: float = 0.0    # probability of changing the colours, which are then
-    colours: float = 0.0   # brightness, contrast and saturation, by factors in 1 +- this, and
-    hue: float = 0.0       # hue, by +- turns of the colour circle
+    jitter: float = 0.0    # probability of changing the colours, by the next two settings
+    colours: float = 0.0   # brightness, contrast and saturation change by factors in 1 +- this
+    hue: float = 0.0       # the hue turns by +- this share of the colour circle
     grey: float = 0.0      # probability of dropping all colour
     blur: float = 0.0      # probability of a Gaussian blur, sigma in [0.1, 2] pixels
 
@@ -239,13 +239,13 @@ def two_views(images, recipe, generator):
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
 def moved(images, recipe, generator):
-    """One view of every image, not grey, not blurred, on the CPU: uint8 [B, C, H, W] -> uint8."""
+    """A random view of each image, without grey or blur, on the CPU: uint8 [B, C, H, W] -> same."""
     views = view(images.cpu(), replace(RECIPES[recipe], grey=0.0, blur=0.0), generator)
     return ((views + 1) * 127.5).round().byte()
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness comes in one draw: 48 numbers an image are enough
+    x = images.float() / 255  # all randomness in one draw: 48 per image, RECIPES use at most 41
     numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):
@@ -260,7 +260,7 @@ def view(images, recipe, generator):
     return x.mul(2).sub(1)
 
 def warp(x, recipe, uniform):
-    """Crop, shift, turn, shear, flip: one affine map of -1..1; elastic bend. x: [B, C, H, W]."""
+    """Crop, shift, turn, shear and flip by one affine map; then bend. x, result: [B, C, H, W]."""
     H, W = x.shape[2:]
     area, ratio = uniform(*recipe.area), torch.exp(uniform(-1, 1) * math.log(recipe.aspect))
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()  # size of the crop; 1 is the image's own
@@ -285,8 +285,8 @@ def warp(x, recipe, uniform):
     return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 def colour(x, recipe, uniform):
-    """Brightness and contrast, for C = 3 saturation, hue and grey: x [B, C, H, W] in 0..1. All are
-    affine in the colour: one matrix and one offset an image."""
+    """Change brightness and contrast; if C = 3 also saturation, hue, grey. x: [B, C, H, W] in 0..1.
+    All are affine in the colour, so each image needs one matrix and one offset."""
     B, C = x.shape[:2]
     apply = (uniform(0, 1) < recipe.jitter).float()
     bright, contrast, saturate = 1 + apply * uniform(-1, 1, 3) * recipe.colours

@@ -1,7 +1,7 @@
 """Federated layer-wise learning (FLL) with federated depth dropout (FDD), from scratch.
 
 The method (Guo et al. 2023, arXiv 2309.05213) reads from top to bottom: settings, model, stages and
-depth dropout, one client, the loop. Then come what it costs, and the command.
+depth dropout, one client, the loop. Then follow its costs and the command.
 
 A run is cut into stages, a stage into rounds. Each stage adds blocks to the model and trains the
 newest ones. The blocks below are frozen: they only run forward, and with depth dropout a client
@@ -37,41 +37,41 @@ class Config:
     """Every setting of a run. The command's flags are made from these fields."""
     # the images
     data: str = setting("mnist5k", "mnist5k, cifar10, cifar100 or a FILE.npz")
-    images: int = setting(0, "use at most so many training images; 0: all", low=0)
+    images: int = setting(0, "use at most this many training images; 0: all", low=0)
     augment: str = setting("auto", "views; auto: by --data", choices=("auto", "digits", "natural"))
     # the model
     dim: int = setting(64, "width of the vision transformer", low=1)
     depth: int = setting(4, "number of blocks L", low=1, high=1000)
     heads: int = setting(8, "attention heads; must divide the width", low=1)
-    patch_size: int = setting(7, "side of a patch in pixels; must divide the image", low=1)
+    patch_size: int = setting(7, "side of a patch in pixels; must divide height and width", low=1)
     head_hidden: int = setting(256, "width of the projection head's hidden layers", low=1)
     head_dim: int = setting(64, "dimension in which the loss compares views", low=1)
     # layer by layer
-    method: str = setting("fll", "train the newest blocks, all so far, or all at once",
+    method: str = setting("fll", "fll trains the newest blocks, progressive all so far, e2e all",
                           choices=("fll", "progressive", "e2e"))
     blocks_per_stage: int = setting(1, "blocks that a stage adds", low=1)
     depth_dropout: float = setting(0.25, "chance that an older block is dropped", low=0, high=0.99)
     # the federation
     clients: int = setting(2, "number of clients N", low=1)
     clients_per_round: int = setting(0, "clients sampled each round; 0: all", low=0)
-    alpha: float = setting(0.0, "Dirichlet alpha of labels, small: skewed; 0: IID", low=0, high=1e6)
+    alpha: float = setting(0.0, "Dirichlet alpha: small skews the labels; 0: IID", low=0, high=1e6)
     rounds: int = setting(96, "federated rounds, shared among the stages", low=1)
     local_epochs: int = setting(1, "passes over a client's images in a round", low=1)
     # the training of a client
-    batch_size: int = setting(64, "images of a local step; two views each", low=2)
-    micro_batch: int = setting(0, "images of one graph, with the same gradients; 0: all", low=0)
-    lr: float = setting(2e-3, "peak learning rate (AdamW, one cosine a stage)", low=1e-6)
+    batch_size: int = setting(64, "images per local step; each gives two views", low=2)
+    micro_batch: int = setting(0, "images per backward pass, same gradients; 0: whole batch", low=0)
+    lr: float = setting(2e-3, "peak learning rate (AdamW, one cosine per stage)", low=1e-6)
     weight_decay: float = setting(1e-4, "AdamW weight decay", low=0)
     temperature: float = setting(0.2, "temperature of NT-Xent", low=1e-6)
     amp: bool = setting(False, "bf16 autocast for the model; the loss stays in float32")
     # the run
-    seed: int = setting(0, "everything random derives from it", low=0)
+    seed: int = setting(0, "seed of the split among clients and of all training", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    workers: int = setting(0, "threads that train clients; 0: one a core, or 1 on a GPU", low=0)
-    out: str = setting("", "run folder; by default one under runs/, named after data and method")
+    workers: int = setting(0, "threads that train clients; 0: one per core, or 1 on a GPU", low=0)
+    out: str = setting("", "run folder; default: under runs/, named after data, method and seed")
     cache: str = setting("~/.cache/fllw", "folder for downloaded data sets")
 
-# A seed is [config.seed, what is drawn with it, ...]; for data.partition() the second number is 0.
+# A generator is seeded with [config.seed, purpose, ...]; data.partition() has purpose 0.
 INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)
 
 def rng(config, *key):
@@ -112,14 +112,14 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021): images [B, C, H, W] -> features [B, dim].
-    image_shape: (channels, height, width); blocks: the numbers of those that it has. Its names and
-    arithmetic are timm's: VisionTransformer(num_classes=0, global_pool="avg", fc_norm=False)."""
+    image_shape: (channels, height, width); blocks: the numbers of its blocks. Names and arithmetic
+    are those of timm's VisionTransformer(num_classes=0, global_pool="avg", fc_norm=False)."""
     def __init__(self, config, image_shape, blocks):
         super().__init__()
         (channels, height, width), dim, patch = image_shape, config.dim, config.patch_size
         if height % patch or width % patch:
-            raise data.InputError(f"--patch-size {patch} must divide the images: as [N, H, W, C] "
-                                  f"they have {height} x {width} pixels, {channels} channels")
+            raise data.InputError(f"--patch-size {patch} must divide the images' height and width: "
+                                  f"read as [N, H, W, C] they are {height} x {width}, C {channels}")
         patches = (height // patch) * (width // patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, dim, patch, patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -147,7 +147,7 @@ class ViT(nn.Module):
         for number, block in self.blocks.items():
             if int(number) >= first:
                 x = block(x)
-        return self.norm(x)[:, 1:].mean(1)  # of patches; the class token serves attention only
+        return self.norm(x)[:, 1:].mean(1)  # patch tokens; the class token only joins attention
 
     def forward(self, images):
         return self.upper(self.lower(images, 0), 0)
@@ -159,10 +159,10 @@ class Learner(nn.Module):
         self.encoder = ViT(config, image_shape, blocks)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
-Config.learner = Learner  # no setting; a subclass of Config can have another one, without buffers
+Config.learner = Learner  # not a setting; a subclass of Config may replace it (without buffers)
 
 def block_of(name):
-    """"encoder.blocks.3.norm1.bias" -> 3; None: of the embedding, the final norm or the head."""
+    """"encoder.blocks.3.norm1.bias" -> 3; None for the embedding, the final norm and the head."""
     _, found, rest = name.partition("blocks.")
     return int(rest.split(".")[0]) if found else None
 
@@ -177,13 +177,13 @@ def learner_of(config, tensors, image_shape):
 # ------------------------------------------------------------------ stages and depth dropout
 @dataclass(frozen=True)
 class Stage:
-    """Blocks below `first` are frozen, the blocks from `first` to `stop - 1` train, later ones do
-    not exist yet. Those from `newest` on are new; in FLL, first == newest, or else first == 0."""
+    """Blocks below `first` are frozen, blocks from `first` to `stop - 1` train, later ones do not
+    exist yet. Blocks from `newest` on are new. In FLL first == newest; otherwise first == 0."""
     number: int
     first: int
     newest: int
     stop: int
-    rounds: range  # its own, counted through the run
+    rounds: range  # the stage's rounds, numbered from the start of the run
 
     def trains(self, name):
         """Whether a learner's tensor of this name trains."""
@@ -277,8 +277,8 @@ def initial(config, image_shape):
         return config.learner(config, tuple(image_shape), range(config.depth)).state_dict()
 
 def grow(server, stage):
-    """Add the blocks that `server` lacks in this stage: each starts as a copy of the one below, and
-    shares its tensors. Training puts new tensors in their place, and changes none."""
+    """Add to `server` the blocks that it lacks in this stage. Each starts with the tensors of the
+    block below: sharing is safe, because training replaces tensors and never writes into them."""
     for b in range(1, stage.stop):
         for name in [name for name in server if block_of(name) == b - 1]:
             server.setdefault(name.replace(f"blocks.{b - 1}.", f"blocks.{b}."), server[name])
@@ -289,10 +289,10 @@ def broadcast(server, kept):
 
 def federate(config, clients, state=None, plan=None, train_client=local_train, on_round=None):
     """Train by federated rounds; returns the State. clients: a list of each client's own images,
-    uint8 [n, C, H, W]; state: to resume from, changed in place; plan: an iterable of stages;
-    train_client: like local_train(), or returns None for a client that was lost, and its upload may
-    be partial; on_round: called with the state after every round."""
-    clients = dict(zip(range(config.clients), clients, strict=True))  # there must be so many
+    uint8 [n, C, H, W]; state: the one to resume, changed in place; plan: an iterable of stages;
+    train_client: like local_train(), but may return None (client lost) or a partial upload;
+    on_round: called with the state after each round. Raises FloatingPointError on divergence."""
+    clients = dict(zip(range(config.clients), clients, strict=True))  # ValueError: wrong number
     state, image_shape = state or State(), clients[0].shape[1:]
     cores = torch.get_num_threads()  # that torch sees; OMP_NUM_THREADS limits them
     workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
@@ -337,23 +337,23 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
 
 # ---------------------------------------------------- here the method ends; then what it costs
 def count_macs(config, stage, kept, image_shape):
-    """Multiply-accumulates for one image in one local epoch, as Tun et al. 2024 count them: two
-    views; linear layers and attention products; forward 1x, and backward 2x for what trains.
-    Micro-batches run what trains, except the head, forward twice."""
+    """Multiply-accumulates for one image in one local epoch, counted as in Tun et al. 2024: linear
+    layers and attention products, for two views; the backward pass of what trains costs twice its
+    forward pass. With micro-batches, all that trains except the head runs forward twice."""
     D, T = config.dim, 1 + math.prod(image_shape[1:]) // config.patch_size**2  # T: tokens
-    embed = math.prod(image_shape) * D  # D products with each of a patch's numbers
+    embed = math.prod(image_shape) * D  # each pixel value is multiplied by D weights
     block = T * 12 * D**2 + 2 * T**2 * D  # qkv 3, proj 1, mlp 4 + 4; attention's two products
     head = config.head_hidden * (D + config.head_hidden + config.head_dim)
     trained = 4 if config.micro_batch else 3
     blocks = sum(block * (trained if b >= stage.first else 1) for b in kept)
     return 2 * (embed * (trained if stage.first == 0 else 1) + blocks + 3 * head)
 
-Config.macs = count_macs  # of another model: a subclass of Config with a macs() of its own
+Config.macs = count_macs  # for another model, a subclass of Config defines its own macs()
 
 def replay(config, image_shape, rows, plan=None):
-    """What each round of a history cost a client, in the mean: yields {column: number}. A version,
-    (name, round of its last change), stands for what a tensor holds; a copied block has that of its
-    source. A client keeps what it receives, and downloads each version once."""
+    """Yield, for each row of a history, its mean cost per client: {column: number}. A tensor's
+    version, (name, round of its last change), identifies its values; a copied block has the version
+    of its source. A client keeps what it receives, so it downloads each version once."""
     stage_of = {stage.number: stage for stage in plan or stages(config)}
     sizes = {name: tensor.nbytes for name, tensor in initial(config, image_shape).items()}
     server, held = {}, defaultdict(set)  # name -> version; client -> the versions that it has
@@ -399,8 +399,8 @@ class MemoryMeter(TorchDispatchMode):
         self.live.append(self.live[-1] + nbytes)
 
 def live_bytes(config, stage, image_shape, train_client=local_train):
-    """The meter's bytes in two local steps; in the second the optimizer has its state. Tensors are
-    fake, with shapes and lifetimes but no data: nothing is computed, and the bytes are real."""
+    """MemoryMeter.live over two local steps; the second starts with the optimizer's state. Tensors
+    are fake, with shapes and lifetimes but no data: bytes are counted, nothing is computed."""
     config = replace(config, device="cpu", local_epochs=1)
     server = broadcast(initial(config, image_shape), range(stage.stop))
     with FakeTensorMode():
@@ -415,13 +415,13 @@ def peak_memory(config, stage, image_shape, train_client=local_train):
     """Peak bytes of a local step on a full batch, if nothing is dropped; None: not measurable."""
     try:
         return max(live_bytes(config, stage, image_shape, train_client))
-    except Exception as error:  # e.g. of .item(): fake tensors have no numbers
-        print(f"note: a client that needs real tensors has no peak ({type(error).__name__})")
+    except Exception as error:  # e.g. from .item(): fake tensors hold no numbers
+        print(f"note: no peak memory: the client fails on fake tensors ({type(error).__name__})")
 
 def cost(config, image_shape, plan=None, train_client=local_train):
-    """What a client pays that takes part in every round: peak_memory_bytes, macs for one image,
-    download_bytes, upload_bytes, stateless_download_bytes (if it keeps nothing between rounds).
-    Nothing is trained. The mean over at most ten clients, which differ in what they drop."""
+    """The cost of a run to a client that takes part in every round: peak_memory_bytes (left out if
+    not measurable), macs for one image, download_bytes, upload_bytes, and stateless_download_bytes
+    (had it kept nothing between rounds). Nothing is trained. At most ten clients are averaged."""
     plan, total = plan or stages(config), Counter()
     clients = range(min(config.clients_per_round or config.clients, 10))
     rows = ({"round": number, "stage": stage.number,
@@ -458,9 +458,9 @@ def label(config):
     return name
 
 def write(path, content):
-    """Write tensors (.pt) or JSON under a temporary name, then rename: no half file is seen."""
+    """Write tensors (.pt) or JSON under a temporary name, then rename: no file is half written."""
     temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
-    with data.friendly_errors(f"{path} cannot be written", "free some space, rerun the command"):
+    with data.friendly_errors(f"{path} cannot be written", "check disk space and permissions"):
         if path.suffix == ".pt":
             torch.save(content, temporary)
         else:
@@ -468,9 +468,9 @@ def write(path, content):
         temporary.replace(path)
 
 def open_run(config, dataset):
-    """(folder, checkpoint) of a new run, or of one to resume. A folder of other settings or images,
-    or with other files, is refused and left as it is."""
-    config.learner(config, dataset.shape, ())  # what does not fit is refused, before a file is made
+    """(folder, checkpoint) of a new run, or of one to resume. Raises InputError for a folder that
+    belongs to other settings or images, or holds other files, and leaves it as it is."""
+    config.learner(config, dataset.shape, ())  # this and split() refuse bad input before any write
     data.split(dataset, config.clients, config.alpha, config.seed)
     same = replace(config, data="", images=0, workers=0, out="", cache="")  # these change no result
     settings = asdict(same) | {"augment": data.recipe_name(config), "sha256": dataset.digest(),
@@ -490,7 +490,7 @@ def open_run(config, dataset):
         theirs = checkpoint["settings"]
         other = {name: theirs.get(name) for name in settings if theirs.get(name) != settings[name]}
         if other:
-            raise data.InputError(f"{folder} belongs to a run with {other}: choose another --out")
+            raise data.InputError(f"{folder} has a run with other settings, {other}: change --out")
         return folder, checkpoint
 
 def encoder_of(config, server, image_shape):
@@ -498,14 +498,14 @@ def encoder_of(config, server, image_shape):
     return learner_of(config, server, image_shape).encoder.eval().requires_grad_(False)
 
 def load_encoder(folder):
-    """The encoder of a run folder, as far as it is trained: encoder(data.normalise(images))."""
+    """A run's encoder so far: encoder(data.normalise(uint8 [N, C, H, W])) -> float32 [N, dim]."""
     with data.friendly_errors(f"{folder} cannot be read as a run folder", "rerun its command"):
         saved = torch.load(Path(folder).expanduser() / "checkpoint.pt", "cpu", weights_only=True)
         config = Config(**{name: saved["settings"][name] for name in vars(Config())})
         return encoder_of(config, saved["server"], saved["settings"]["image_shape"])
 
 def train(config, dataset):
-    """federate() in a run folder: a line and a checkpoint a round, and the encoder at the end."""
+    """federate() in a run folder: a line and a checkpoint per round, the encoder at the end."""
     folder, checkpoint = open_run(config, dataset)
     clients = data.split(dataset, config.clients, config.alpha, config.seed)
     state = State(checkpoint["server"], checkpoint["history"])
@@ -524,8 +524,8 @@ def train(config, dataset):
               f"{(peak_memory(config, stage, dataset.shape) or math.nan) / 2**20:9.1f} "
               f"{row['seconds']:8.2f}  {' '.join(blocks[:3])}", flush=True)
 
-    print(f"\n{label(config)}. Blocks are A active, + frozen, . dropped. Bytes and peak memory are "
-          "one client's.\nstage  round    loss  down MB    up MB  peak MiB  seconds  blocks")
+    print(f"\n{label(config)}. Blocks of up to 3 clients: A trains, + is frozen, . is dropped. MB "
+          "and MiB: per client.\nstage  round    loss  down MB    up MB  peak MiB  seconds  blocks")
     federate(config, clients, state, on_round=after)
     write(folder / "encoder.pt", encoder_of(config, state.server, dataset.shape).state_dict())
     return state
@@ -554,7 +554,7 @@ def main(arguments=None):
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config = Config(**given)
-        validate(replace(config, clients_per_round=0))  # the file may say how many there are
+        validate(replace(config, clients_per_round=0))  # the file may set the number of clients
         dataset = data.load(config.data, config.cache, config.images)
         config = replace(config, **data.own_split(dataset, given))
         validate(config)
@@ -564,7 +564,7 @@ def main(arguments=None):
             print(f"{summary.parent} is finished:\n{table(done)}")
             return
         mine = result(config, dataset, train(config, dataset))
-        write(summary, {label(config): mine})  # this row is kept if memory is short for the next
+        write(summary, {label(config): mine})  # kept even if the next row runs out of memory
         raw = evaluate(None, dataset, data.recipe_name(config), pick_device(config))
         rows = {"raw pixels": raw, label(config): mine}
         if config.method != "e2e":
@@ -573,8 +573,8 @@ def main(arguments=None):
             rows |= {"end-to-end": whole, "ratio": ratio}
         write(summary, rows)
         share = 100 * dataset.test_labels.bincount().max() / len(dataset.test_labels)
-        print(f"\n{table(rows)}\n{share:.0f} % of the test images have one class. moved: in random "
-              f"views; pixels: 64 x 64 at most.\nEncoder, checkpoint, table: {summary.parent}")
+        print(f"\n{table(rows)}\nThe largest class has {share:.0f} % of the test images. moved: on "
+              f"random views of them; raw pixels: at most 64 x 64.\nAll files: {summary.parent}")
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """Self-supervision: the contrastive loss, the projection head, micro-batches, and evaluation.
 
-NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by how well a
-nearest-neighbour vote and a linear classifier do on its features, of test images and of moved ones.
+NT-Xent is the loss of SimCLR (Chen et al. 2020, equation 1). An encoder is evaluated by classifying
+test images, and random views of them, from its features: by nearest neighbours and linearly.
 """
 import math
 
@@ -15,9 +15,9 @@ import data
 def nt_xent(z1, z2, temperature):
     """Normalised temperature-scaled cross entropy over the 2B views of B images.
 
-    z1, z2: [B, D], row i of both from image i. Returns the mean over all 2B anchors of
-    -log( exp(sim(i, j) / t) / sum over k != i of exp(sim(i, k) / t) ), with j the other view of i
-    and sim the cosine. Raises ValueError unless both are [B, D], B >= 1, and temperature > 0.
+    z1, z2: [B, D], row i of both from image i. Returns the scalar mean, over all 2B views i, of
+    -log( exp(sim(i, j) / t) / sum over k != i of exp(sim(i, k) / t) ): j is the other view of i, t
+    the temperature, sim the cosine. Raises ValueError unless both are [B, D], B >= 1, and t > 0.
 
     >>> nt_xent(torch.eye(4), torch.eye(4), 0.5)  # perfect pairs, everything else orthogonal
     tensor(0.5944)
@@ -73,8 +73,8 @@ def micro_batched_step(config, learner, stage, views):
 
 # ----------------------------------------------------------------------------------- evaluation
 def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
-    """Accuracy in % of k nearest neighbours by cosine, votes weighted exp(similarity / t), after Wu
-    et al. 2018. train: [N, D], test: [M, D], labels: int64."""
+    """Accuracy in % of a vote among the k nearest neighbours by cosine similarity, with weights
+    exp(similarity / temperature) (Wu et al. 2018). train: [N, D], test: [M, D], labels: int64."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(k, len(train))
     correct = 0
@@ -86,9 +86,9 @@ def knn(train, train_labels, test, test_labels, k=20, temperature=0.07):
     return 100 * correct / len(test)
 
 def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1), seed=0):
-    """Accuracies in % of one logistic regression on frozen, standardised features: a number for
-    each of tests, which are pairs (features [M, D], labels [M]). train: [N, D]. The L2 penalty is
-    chosen on a fifth of the *training* features; then the regression is fitted on all of them."""
+    """Accuracies in % of one logistic regression on frozen, standardised features: a list, one for
+    each pair (features [M, D], labels [M]) in tests. train: [N, D]. The L2 penalty is chosen on a
+    held-out fifth of the *training* features; then the regression is fitted on all of them."""
     mean, std = train.mean(0), train.std(0).nan_to_num().clamp(min=1e-6)
     train = (train - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -108,7 +108,7 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
     return [accuracy(weights, (test - mean) / std, labels) for test, labels in tests]
 
 def few_labels(train, train_labels, test, test_labels, per_class=10, draws=5):
-    """Accuracy in % of logistic regression on `per_class` labels a class, mean over `draws`."""
+    """Accuracy in % of logistic regression on `per_class` labels per class, mean over `draws`."""
     results = []
     for seed in range(draws):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -140,14 +140,14 @@ def logistic(x, y, penalty):
 
 def pixels(images):
     """Raw pixels as features: uint8 [N, C, H, W] -> float32 [N, ...] in 0..1. Sides above 64 pixels
-    are averaged down to 64, so that they need no more memory than an encoder's features."""
+    are averaged down to 64, which bounds the memory that k-NN and the linear probe need."""
     size = [min(side, 64) for side in images.shape[2:]]
     return F.interpolate(images.float(), size, mode="area").flatten(1) / 255
 
 @torch.no_grad()
 def features(encoder, images, recipe="", device="cpu", batch=500):
-    """Features of uint8 images [N, C, H, W] -> float32 [N, dim]; without an encoder, raw pixels.
-    recipe: with it, of one random view of each. Raises FloatingPointError if training diverged."""
+    """uint8 images [N, C, H, W] -> features float32 [N, dim], or raw pixels if the encoder is None;
+    with a recipe, of one random view per image. Raises FloatingPointError if one is not finite."""
     draws, result = torch.Generator().manual_seed(0), []
     for part in images.split(batch):
         part = (data.moved(part, recipe, draws) if recipe else part).to(device)
@@ -157,9 +157,9 @@ def features(encoder, images, recipe="", device="cpu", batch=500):
     return torch.cat(result)
 
 def evaluate(encoder, dataset, recipe, device="cpu"):
-    """Accuracies in % of an encoder on the device, or, if it is None, of raw pixels: knn and
-    linear_probe on test images, the same on these under one random view each (moved_...), and a
-    probe on ten labels a class (ten_labels). Test labels choose nothing; without labels, {}."""
+    """Accuracies in % of an encoder on the device, or of raw pixels if it is None: knn and
+    linear_probe on test images, moved_knn and moved_probe on one random view of each, ten_labels of
+    a probe on ten labels per class. Test labels choose nothing. {} without training labels."""
     labelled = dataset.train_labels >= 0
     if not labelled.any():
         return {}
@@ -190,7 +190,7 @@ def cell(value, unit, digits):
     return f"{np.mean(numbers):.{digits}f}{spread}"
 
 def table(rows, columns=COLUMNS):
-    """Rows {name: {column: number, text, or numbers over seeds, for mean ± deviation}}."""
+    """A table as text. rows: {name: {column: number, text, or numbers for mean ± deviation}}."""
     used = [c for c in columns if any(c in row for row in rows.values())]
     lines = [["", *(columns[c][0] for c in used)]]
     for name, row in rows.items():
