@@ -15,6 +15,7 @@ from PIL import Image
 
 import fllw
 from experiments import RESULTS, memory
+from ssl_loss import COLUMNS
 
 MIB = 2**20
 ASSETS = RESULTS.parent.parent / "assets"
@@ -110,7 +111,7 @@ def budget():
             x, y, spread = np.transpose(sorted(found))
             ax.errorbar(x, y, spread, capsize=3, marker="o", markersize=4, **style_of(method))
             curves[method] = x, y
-        ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=column.replace("_", " ") + " (%)")
+        ax.set(xlabel="compute (10⁹ MAC for one image)", ylabel=COLUMNS[column][0])
         ax.grid(axis="y")
         label_ends(ax, curves)
     return axes[0].figure
