@@ -102,7 +102,7 @@ def read_flags(parser, arguments):
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", required=True,
                         help="in the order of the table: " + " ".join(ROWS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3],
-                        help="learning rates to choose from, row by row")
+                        help="learning rates to choose from; short trials favour high ones")
     given = vars(parser.parse_args(arguments))
     config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
     for rate in flags["rates"]:
