@@ -101,8 +101,8 @@ def load_npz(path):
         if key not in arrays:
             raise InputError(f"{path} has no {key!r}: it needs {', '.join(needed)}")
     train, test = (read_images(path, key, arrays[key]) for key in needed[:2])
-    if (one := [*train.shape[1:]]) != (other := [*test.shape[1:]]):
-        raise InputError(f"{path}: test images must be {one}, as training images are, not {other}")
+    if train.shape[1:] != test.shape[1:]:
+        raise InputError(f"{path}: test_images must be {[*train.shape[1:]]}, as train_images are")
     if train.max() < 32:
         print(f"note: no training pixel is above {int(train.max())}; the range should be 0 to 255")
     arrays.setdefault("train_labels", np.full(len(train), -1))

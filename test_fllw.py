@@ -570,6 +570,7 @@ def test_a_wrong_setting_is_one_sentence(case, tmp_path, monkeypatch, refused):
 BROKEN = {"float images": dict(train_images=np.zeros((60, 14, 14))),
           "test label below 0": dict(test_labels=np.arange(20) - 3),
           "no test labels": dict(test_labels=None),
+          "wide test images": dict(test_images=np.zeros((20, 14, 15), dtype=np.uint8)),
           "short clients": dict(train_clients=np.zeros(59, dtype=int))}
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -56,7 +56,7 @@ def add(rows, name, columns):
     for column, number in columns.items():
         rows.setdefault(name, {}).setdefault(column, []).append(number)
 
-def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=None):
+def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=SHOWN):
     """The command of an experiment whose rows_of(config, dataset) yields the rows of its table with
     one seed: (name, {column: number}). --clients and --alpha say how the images are split."""
     parser, rows = make_parser(name, doc), {}
@@ -66,7 +66,7 @@ def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=None):
         for seed in flags["seeds"]:
             for row, found in rows_of(replace(config, seed=seed), dataset):
                 add(rows, row, found)
-        show(name, rows, flags["save"], columns or SHOWN)
+        show(name, rows, flags["save"], columns)
 
 def macs(config, image_shape):
     """Multiply-accumulates of a whole run for one image: the mean over at most ten clients."""
