@@ -5,7 +5,7 @@
 The control of FLL is what fits into its memory: one block, or in micro-batches a small model, and
 progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349, and Tun et al. 2024, 2401.11647).
 Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Of several
---rates each row takes its best, by short runs on training images alone. A rerun resumes.
+--rates each row takes its best, by whole runs on training images alone. A rerun resumes.
 """
 import json
 from dataclasses import replace
@@ -76,11 +76,10 @@ def measure(key, row, dataset, out):
     return columns
 
 def choose_rate(key, row, dataset, out, rates):
-    """{rate: k-NN + probe in %} on held-out training images, after a quarter of the rounds."""
-    short = replace(row, seed=0, rounds=max(row.rounds // 4, len(fllw.stages(row))))
+    """{rate: k-NN + probe in %} of whole runs on training images, a quarter of them held out."""
     scores, held = {}, hold_out(dataset)
     for rate in rates:
-        found = measure(f"{key}-rate-{rate:g}", replace(short, lr=rate), held, out)
+        found = measure(f"{key}-rate-{rate:g}", replace(row, seed=0, lr=rate), held, out)
         scores[rate] = found["knn"] + found["linear_probe"]
     return scores
 
@@ -102,7 +101,7 @@ def read_flags(parser, arguments):
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", required=True,
                         help="in the order of the table: " + " ".join(ROWS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3],
-                        help="learning rates to choose from; short trials favour high ones")
+                        help="learning rates to choose from, by a whole run of each")
     given = vars(parser.parse_args(arguments))
     config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
     for rate in flags["rates"]:
