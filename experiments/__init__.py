@@ -37,7 +37,8 @@ def make_parser(name, doc, seeds=(0, 1, 2)):
 def settings(defaults, given, fixed=()):
     """(a Config, the flags that are no settings), from the defaults and the flags given, a dict.
 
-    fixed: settings that the experiment sets itself; InputError if one of them was given."""
+    fixed: settings that the experiment sets itself; InputError if one of them was given. A file may
+    set the number of clients: the caller validates again when it is known."""
     for name in {"seed", *fixed} & given.keys():
         flag = name.replace("_", "-")
         raise data.InputError(f"--{flag} is fixed here, or differs from row to row: leave it out")
@@ -46,7 +47,7 @@ def settings(defaults, given, fixed=()):
     own = {name: value for name, value in given.items() if name in asdict(defaults)}
     config = replace(defaults, **own)
     for seed in given["seeds"]:
-        fllw.validate(replace(config, seed=seed))
+        fllw.validate(replace(config, seed=seed, clients_per_round=0))
     return config, {name: value for name, value in given.items() if name not in own}
 
 def add(rows, name, columns):
@@ -62,6 +63,7 @@ def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=SHOWN):
     parser, rows = make_parser(name, doc), {}
     with data.sentences(parser):
         config, flags = settings(defaults, vars(parser.parse_args(arguments)), fixed)
+        fllw.validate(config)
         dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)
         for seed in flags["seeds"]:
             for row, found in rows_of(replace(config, seed=seed), dataset):
@@ -89,4 +91,4 @@ def show(experiment, rows, save=None, columns=SHOWN, **more):
         fllw.write(RESULTS / f"{save}.json", {
             "command": command, "where": f"torch {torch.__version__}, {where}", "rows": rows,
             **more})
-    print(f"\n{fllw.table(rows, columns)}")
+    print(f"\n{fllw.table(rows, columns)}", flush=True)

@@ -77,6 +77,8 @@ def measure(key, row, dataset, out):
 
 def choose_rate(key, row, dataset, out, rates):
     """{rate: k-NN + probe in %} of whole runs on training images, a quarter of them held out."""
+    if dataset.train_labels.max() < 0:
+        raise data.InputError("without labels no rate can be chosen: give one with --rates")
     scores, held = {}, hold_out(dataset)
     for rate in rates:
         found = measure(f"{key}-rate-{rate:g}", replace(row, seed=0, lr=rate), held, out)
@@ -104,10 +106,10 @@ def read_flags(parser, arguments):
                         help="learning rates to choose from, by a whole run of each")
     given = vars(parser.parse_args(arguments))
     config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
-    for rate in flags["rates"]:
-        fllw.validate(replace(config, lr=rate))
     dataset = data.load(config.data, config.cache, config.images)
     config = replace(config, **data.own_split(dataset, given))
+    for rate in flags["rates"]:
+        fllw.validate(replace(config, lr=rate))
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     return config, flags, dataset, out
 

@@ -95,9 +95,9 @@ def main(arguments=None):
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config = fllw.Config(**given)
-        fllw.validate(config)
         dataset = data.load(config.data, config.cache, config.images)
         config = replace(config, **data.own_split(dataset, given))
+        fllw.validate(config)
         folder = fllw.open_run(config, dataset)[0].absolute()
         home, ports = Path(f"{folder}.flower"), [free_port() for _ in range(config.clients + 1)]
         (home / "app").mkdir(parents=True, exist_ok=True)  # the app: this file and the settings

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import experiments
 import fllw
 
+COLUMNS = {size: (f"{size}, MiB", 2**20, 0) for size in "1 4 16 whole floor".split()}
+COLUMNS |= {"macs": ("GMAC", 1e9, 0), "micro_macs": ("in micro", 1e9, 0)}
 SHAPE = (3, 32, 32)
 vit_tiny = partial(fllw.Config, dim=192, depth=12, heads=3, patch_size=4, head_hidden=512,
                    head_dim=256, clients=10, rounds=180, local_epochs=3, batch_size=128,
@@ -54,7 +56,5 @@ def columns_of(config):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m experiments.memory", description=__doc__)
     parser.add_argument("--save", type=experiments.plain_name)
-    columns = {size: (f"{size}, MiB", 2**20, 0) for size in "1 4 16 whole floor".split()}
-    columns |= {"macs": ("GMAC", 1e9, 0), "micro_macs": ("in micro", 1e9, 0)}
     save, rows = parser.parse_args().save, {name: columns_of(ROWS[name]) for name in ROWS}
-    experiments.show("memory", rows, save, columns)
+    experiments.show("memory", rows, save, COLUMNS)

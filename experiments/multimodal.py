@@ -3,7 +3,7 @@
     python -m experiments.multimodal
 
 They can, but in so short a training their control, one block a sensor, is ahead in every accuracy
-(by k-NN and probe not with every seed).
+(in the moved probe not with every seed).
 
 After Tun et al. 2024, "Resource-Efficient Federated Multimodal Learning via Layer-wise and
 Progressive Training" (arXiv 2407.15426), with CLIP's loss (Radford et al. 2021, 2103.00020). What

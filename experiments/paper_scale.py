@@ -1,6 +1,6 @@
-"""What do the methods reach at the papers' size? ViT-Tiny on CIFAR-10, in 8 minutes on one GPU.
+"""What do the methods reach at the papers' size? ViT-Tiny on CIFAR-10, in about 8 minutes on one GPU.
 
-    python -m experiments.paper_scale --data CIFAR10.npz --json FILE
+    python -m experiments.paper_scale --data CIFAR10.npz --save paper_scale
     python -m experiments.paper_scale --rehearse      # toy size, any machine, under a minute
 
 It has not been run at full size. Settings are those of Tun et al. 2024 (arXiv 2401.11647), who
@@ -8,7 +8,6 @@ pre-train on COCO shrunk to 32 x 32, for 180 rounds, and fine-tune for 40 epochs
 CIFAR-10, and all rows get as many rounds as a first timing says that fit, at most --rounds. Peak
 MiB: the most that PyTorch had allocated on the GPU. A run that is cut short keeps its rows."""
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -18,9 +17,9 @@ import fllw
 from experiments.finetune import finetune
 from ssl_loss import COLUMNS, evaluate
 
-ROWS = {"FLL": {}, "FLL + FDD 0.5": {"depth_dropout": 0.5},
+ROWS = {"FLL": {}, "one block": {"method": "e2e", "depth": 1},
         "progressive": {"method": "progressive"}, "end-to-end": {"method": "e2e"},
-        "one block": {"method": "e2e", "depth": 1}}
+        "FLL + FDD 0.5": {"depth_dropout": 0.5}}
 PAPER = fllw.Config(augment="natural", dim=192, depth=12, heads=3, patch_size=4, head_hidden=512,
                     head_dim=256, clients=10, rounds=180, local_epochs=3, batch_size=512, lr=3e-4,
                     weight_decay=1e-5, amp=True, depth_dropout=0.0)
@@ -36,7 +35,7 @@ def choose_rounds(config, dataset, epochs, seconds):
         stage = fllw.stages(row)[len(fllw.stages(row)) // 2]  # the middle one costs the mean
         state = fllw.federate(row, [images], plan=[replace(stage, rounds=range(1, 3))])
         epoch[name] = config.clients * state.history[1]["seconds"]  # the first has things to start
-    tuning = epochs * (len(ROWS) + 1) * epoch["end-to-end"]  # or less: it has one view of an image
+    tuning = epochs * (len(ROWS) + 1) * epoch["end-to-end"]  # about: it has one view of an image
     rounds = int((seconds - tuning) / config.local_epochs / sum(epoch.values()))
     return min(max(rounds, 2 * config.depth), config.rounds)
 
@@ -55,25 +54,26 @@ def measure(config, dataset, epochs, trains):
     return columns | {"finetuned": finetune(config, encoder, dataset, epochs)}
 
 def main(arguments=None):
-    parser = experiments.make_parser("paper_scale", __doc__, seeds=[0])
+    parser, rows = experiments.make_parser("paper_scale", __doc__, seeds=[0]), {}
     parser.add_argument("--minutes", type=int, default=8, help="one is for start and evaluation")
     parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning, on all labels")
-    parser.add_argument("--json", type=Path, default=None, help="also write the table there")
     parser.add_argument("--rehearse", action="store_true", default=False, help="toy size")
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config, flags = experiments.settings(TOY if given["rehearse"] else PAPER, given,
-                                             ("method", "depth_dropout"))
-        if not flags["rehearse"] and ("data" not in given or not torch.cuda.is_available()):
+                                             ("method", "depth_dropout", "clients_per_round"))
+        on_cpu = fllw.pick_device(config).type == "cpu"
+        if not flags["rehearse"] and ("data" not in given or on_cpu):
             raise data.InputError("this needs a GPU and --data FILE.npz; --rehearse needs neither")
-        dataset, rows = data.load(config.data, config.cache, config.images), {}
-        rounds = choose_rounds(config, dataset, flags["epochs"], 60 * (flags["minutes"] - 1))
+        dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)
+        if flags["epochs"] < 1 or dataset.train_labels.max() < 0:
+            raise data.InputError("fine-tuning needs --epochs of 1 or more, and labels")
+        seconds = 60 * (flags["minutes"] - 1) / len(flags["seeds"])
+        rounds = choose_rounds(config, dataset, flags["epochs"], seconds)
         for seed in flags["seeds"]:
             for name, changes in (ROWS | {"from scratch": {}}).items():
                 row = replace(config, rounds=rounds, seed=seed, **changes)
                 experiments.add(rows, name, measure(row, dataset, flags["epochs"], name in ROWS))
-                if flags["json"]:
-                    fllw.write(flags["json"], {**vars(config), "rounds": rounds, "rows": rows})
                 experiments.show("paper_scale", rows, flags["save"], SHOWN, rounds=rounds)
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m experiments.stragglers --alpha 0.1
 
 One block: it has the best k-NN at every deadline. FLL's clients are in time more often than
-end-to-end ones, but learn less in a round; SALF is level with both.
+end-to-end ones, but learn less in a round; SALF is ahead of it with equal splits and 8 or 4 s.
 
 SALF (Lang et al. 2024, arXiv 2403.18375): gradients come from the last layer down, so a client that
 the deadline stops has those of its last layers, and sends these. A layer's mean is over the clients
@@ -107,6 +107,7 @@ def main(arguments=None):
                                method="e2e", clients=6, rounds=15, batch_size=50, depth_dropout=0.0)
         fixed = ("method", "depth_dropout", "out")
         config, flags = experiments.settings(defaults, vars(parser.parse_args(arguments)), fixed)
+        fllw.validate(config)
         if not all(0 < deadline < np.inf for deadline in flags["deadlines"]):
             raise data.InputError("--deadlines must be above 0 seconds")
         dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)

@@ -114,10 +114,10 @@ WRONG = """
 compare --rows fll --save ../up  : must be letters, digits
 compare --rows fll --seeds 1 1   : --seeds names a seed twice
 multimodal --augment natural     : leave it out
-early_stopping --out x           : leave it out
+personal --clients 1             : two clients or more
 stragglers --deadlines 4 nan     : --deadlines must be above 0
 finetune --rows fll --labels 5 -1 : --labels 0 or more
-compare --rows fll --lr 1e-3     : leave it out
+compare --rows fll --clients-per-round 3 : at most --clients 2
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())

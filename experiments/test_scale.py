@@ -10,10 +10,11 @@ from experiments import finetune, paper_scale
 from ssl_loss import evaluate
 
 def test_every_row_is_written_and_is_what_the_modules_give(tmp_path, monkeypatch):
-    path, rows = tmp_path / "table.json", []
-    monkeypatch.setattr("experiments.show", lambda *_, **__: rows.append(
-        json.loads(path.read_text())["rows"]))
-    flags = f"--rehearse --minutes 1 --epochs 1 --images 100 --device cpu --seeds 5 --json {path}"
+    rows = []
+    monkeypatch.setattr("experiments.RESULTS", tmp_path)
+    monkeypatch.setattr(fllw, "table", lambda *_: rows.append(
+        json.loads((tmp_path / "toy.json").read_text())["rows"]))
+    flags = "--rehearse --minutes 1 --epochs 1 --images 100 --device cpu --seeds 5 --save toy"
     paper_scale.main(flags.split())
     assert [len(written) for written in rows] == [1, 2, 3, 4, 5, 6]
     config = replace(paper_scale.TOY, rounds=4, depth_dropout=0.5, device="cpu", seed=5)
@@ -23,8 +24,9 @@ def test_every_row_is_written_and_is_what_the_modules_give(tmp_path, monkeypatch
     expected = evaluate(encoder, dataset, "natural")
     expected["finetuned"] = finetune.finetune(config, encoder, dataset, 1)
     assert all(rows[5]["FLL + FDD 0.5"][name] == [number] for name, number in expected.items())
-    with pytest.raises(SystemExit, match="2"):
-        paper_scale.main(["--data", "mnist5k", "--device", "cpu"])
+    for flags in ("--data mnist5k --device cpu", "--rehearse --epochs 0"):
+        with pytest.raises(SystemExit, match="2"):
+            paper_scale.main(flags.split())
 
 def test_the_rounds_fill_the_time(monkeypatch):
     def federate(config, clients, plan):  # a block that trains takes 2 s, a frozen one 1 s
