@@ -66,7 +66,7 @@ class Config:
     amp: bool = setting(False, "bf16 autocast for the model; the loss stays in float32")
     # the run
     seed: int = setting(0, "seed of the split among clients and of all training", low=0)
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto takes a GPU if there is one")
     workers: int = setting(0, "threads that train clients; 0: one per core, or 1 on a GPU", low=0)
     out: str = setting("", "run folder; default: under runs/, named after data, method and seed")
     cache: str = setting("~/.cache/fllw", "folder for downloaded data sets")
@@ -159,7 +159,7 @@ class Learner(nn.Module):
         self.encoder = ViT(config, image_shape, blocks)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
-Config.learner = Learner  # not a setting; a subclass of Config may replace it (without buffers)
+Config.learner = Learner  # not a setting; a subclass of Config may have another (without buffers)
 
 def block_of(name):
     """"encoder.blocks.3.norm1.bias" -> 3; None for the embedding, the final norm and the head."""
@@ -269,10 +269,9 @@ class State:
     server: dict = field(default_factory=dict)   # name -> tensor, on the CPU: the model so far
     history: list = field(default_factory=list)  # a row for every round done, made in federate()
 
-INITIALISING = threading.Lock()  # modules draw their weights from a generator that threads share
 def initial(config, image_shape):
-    """State dict of a fresh learner with all its blocks, from the seed. One thread at a time."""
-    with INITIALISING, torch.random.fork_rng(devices=[]):
+    """State dict of a fresh learner with all its blocks, from the seed. Not thread-safe."""
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
         return config.learner(config, tuple(image_shape), range(config.depth)).state_dict()
 
@@ -292,7 +291,8 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
     uint8 [n, C, H, W]; state: the one to resume, changed in place; plan: an iterable of stages;
     train_client: like local_train(), but may return None (client lost) or a partial upload;
     on_round: called with the state after each round. Raises FloatingPointError on divergence."""
-    clients = dict(zip(range(config.clients), clients, strict=True))  # ValueError: wrong number
+    if len(clients) != config.clients:
+        raise ValueError(f"images of {len(clients)} clients; config.clients is {config.clients}")
     state, image_shape = state or State(), clients[0].shape[1:]
     cores = torch.get_num_threads()  # that torch sees; OMP_NUM_THREADS limits them
     workers = config.workers or (cores if pick_device(config).type == "cpu" else 1)
@@ -473,8 +473,8 @@ def open_run(config, dataset):
     config.learner(config, dataset.shape, ())  # this and split() refuse bad input before any write
     data.split(dataset, config.clients, config.alpha, config.seed)
     same = replace(config, data="", images=0, workers=0, out="", cache="")  # these change no result
-    settings = asdict(same) | {"augment": data.recipe_name(config), "sha256": dataset.digest(),
-                               "image_shape": list(dataset.shape)}
+    settings = asdict(same) | {"device": pick_device(config).type, "sha256": dataset.digest(),
+                               "augment": data.recipe_name(config), "image_shape": [*dataset.shape]}
     slug = label(config).lower().replace(" + ", "-").replace(" ", "-")
     folder = Path(config.out or f"runs/{Path(config.data).stem}-{slug}-seed{config.seed}")
     with data.friendly_errors(f"{folder} cannot be a run folder", "choose another --out"):

@@ -17,16 +17,11 @@ def nt_xent(z1, z2, temperature):
 
     z1, z2: [B, D], row i of both from image i. Returns the scalar mean, over all 2B views i, of
     -log( exp(sim(i, j) / t) / sum over k != i of exp(sim(i, k) / t) ): j is the other view of i, t
-    the temperature, sim the cosine. Raises ValueError unless both are [B, D], B >= 1, and t > 0.
+    the temperature, sim the cosine.
 
     >>> nt_xent(torch.eye(4), torch.eye(4), 0.5)  # perfect pairs, everything else orthogonal
     tensor(0.5944)
     """
-    if z1.ndim != 2 or z1.shape != z2.shape or len(z1) == 0:
-        raise ValueError("nt_xent needs two tensors [B, D] of one shape with B >= 1, got "
-                         f"{list(z1.shape)} and {list(z2.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be above 0, it is {temperature}")
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # [2B, D]
     similarity = z @ z.T / temperature                   # [2B, 2B]
     similarity.fill_diagonal_(float("-inf"))             # a view is not its own negative
@@ -97,7 +92,7 @@ def linear_probe(train, train_labels, *tests, penalties=(1e-4, 1e-3, 1e-2, 1e-1)
 
     def accuracy(weights, features, labels):
         guesses = torch.addmm(weights[1], features, weights[0]).argmax(1)
-        return 100 * (guesses == labels).double().mean().item()
+        return 100 * ((guesses == labels).sum().item() / len(labels))
 
     def held_out(penalty):
         weights = logistic(train[fit], train_labels[fit], penalty)
