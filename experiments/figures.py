@@ -26,7 +26,7 @@ STYLES = {  # of the methods: the first of these names that is a part of a row's
     "end-to-end": (NAVY, "--")}
 BUDGETS = {  # (title, accuracy) of a panel -> names of results
     ("digits, 4 blocks", "moved_knn"): ("digits-192", "digits-192-controls"),
-    ("CIFAR-10, 10,000 images, 6 blocks", "knn"): ("cifar10-48", "cifar10-48-seed-0")}
+    ("CIFAR-10, 10,000 images, 6 blocks", "knn"): ("cifar10-48",)}
 ROOM = {"left": 0.1, "bottom": 0.15, "right": 0.76, "top": 0.92, "wspace": 0.7}  # for names
 plt.rcParams.update({"figure.constrained_layout.use": True, "grid.alpha": 0.3,
                      "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,

@@ -1,8 +1,9 @@
 """Personal layers (FedLAG): which layers should each client of a federation keep to itself?
 
-    python -m experiments.personal --alpha 0.1
+    python -m experiments.personal
 
-FedLAG's choice is not clearly better than the classifier (FedPer), and FLL's encoder helps little.
+FedLAG's three layers are a better choice than the three with fewest conflicts, and level with the
+classifier alone (FedPer). FLL's encoder helps little.
 Clients with different label mixes fine-tune an encoder and a linear classifier. FedLAG (Nguyen et
 al. 2024, arXiv 2410.02845; the score is Recon's, 2302.11289) averages all layers in the first half
 of the rounds. Then those stay with the clients in which most pairs conflict: their updates have a
