@@ -120,7 +120,7 @@ def main(arguments=None):
         if not find_spec(package):
             print(f"{package} is not installed, so there is no column {side.__name__}")
     columns = {"seconds": ("seconds", 1, 1)}
-    columns |= {side.__name__: (f"{side.__name__}, ms", 1, 0) for side in SIDES}
+    columns |= {side.__name__: (f"{side.__name__}, ms", 1, 1) for side in SIDES}
     rows = {}
     for part in 3 * (threads, clients):  # turns, so that other work slows all sides
         part(rows)
