@@ -2,8 +2,8 @@
 
     python -m experiments.compare --rows one-block two-blocks progressive fll fdd --seeds 0 1 2
 
-The control of FLL is what fits into its memory: one block, or in micro-batches a small model, and
-progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349, and Tun et al. 2024, 2401.11647).
+FLL's controls take about its memory: one block, or in micro-batches a small model. Beside them
+stands progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349; Tun et al. 2024, 2401.11647).
 Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Of several
 --rates each row takes its best, by whole runs on training images alone. A rerun resumes.
 """

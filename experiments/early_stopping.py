@@ -2,7 +2,7 @@
 
     python -m experiments.early_stopping
 
-Ending early saves two fifths of a vision transformer's rounds at no loss of accuracy, and hardly a
+Ending early saves two fifths of a vision transformer's rounds at no loss on average, and hardly a
 CNN's. One block of the ViT is level with that or ahead, for more compute and bytes.
 
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early

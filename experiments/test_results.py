@@ -14,6 +14,8 @@ def rows_of(*names):
     rows = {}
     for name in names:
         for title, row in json.loads((RESULTS / f"{name}.json").read_text())["rows"].items():
+            seconds = row.get("seconds", [])
+            assert len(set(seconds)) == len(seconds), f"{name}, {title}: a seed stands there twice"
             cells = rows.setdefault(title.split(": ")[-1].replace(" of 16", ""), set())
             for column, value in row.items():
                 for known in (ssl_loss.COLUMNS, SHOWN, memory.COLUMNS, {column: (column, 1, 1)}):
