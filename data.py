@@ -245,7 +245,7 @@ def moved(images, recipe, generator):
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness in one draw: RECIPES use 41 numbers per image
+    x = images.float() / 255  # all randomness in one draw: RECIPES use at most 41 an image
     numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):

@@ -405,11 +405,11 @@ def test_logistic_regression_is_at_its_optimum():
     assert all(grad.abs().max() < 1e-3 for grad in torch.autograd.grad(loss, (w, b)))
 
 def test_the_probe_reads_labels_from_features_of_any_scale():
-    labels, scale = torch.arange(90) % 3, torch.tensor([500.0, 0.01, 3.0])
+    labels, scale = torch.arange(90) % 3, torch.tensor([500.0, 0.01, 0.01])
     x = (torch.eye(3)[labels] + 0.1 * normal(90, 3) + 7) * scale
-    pairs = (x[60:], labels[60:]), (x[60:], labels[60:] * 0), (x[60:].flip(0), labels[60:])
+    pairs = (x[60:], labels[60:]), (x[60::3], labels[60::3]), (x[60:], labels[60:] * 0)
     found = ssl_loss.linear_probe(x[:60], labels[:60], *pairs)
-    assert found == pytest.approx([100, 100 / 3, 100 / 3])
+    assert found == pytest.approx([100, 100, 100 / 3])
 
 def test_evaluation_chooses_nothing_by_test_labels(monkeypatch):
     """Whatever the test labels are, the same classifiers are fitted, with the same penalties."""
@@ -431,13 +431,13 @@ def test_raw_pixels_are_shrunk_by_area_averaging():
     assert torch.equal(ssl_loss.pixels(small), small.flatten(1) / 255)
 
 # ----------------------------------------------------------------------------------------- data
-@pytest.mark.parametrize("clients, alpha", [(1, 0.0), (7, 0.01), (50, 0.0), (50, 100.0)])
+@pytest.mark.parametrize("clients, alpha", [(1, 0.0), (7, 0.01), (50, 0.0), (7, 100.0)])
 def test_partition_gives_every_image_to_one_client(clients, alpha):
     parts = data.partition(torch.arange(150) % 10, clients, alpha, seed=3)
     assert len(parts) == clients and min(map(len, parts)) >= 2
     assert torch.cat(parts).sort().values.tolist() == list(range(150))
     pairs = sum(len((part % 10).unique()) for part in parts)  # of a client and a label that it has
-    assert (pairs < 30) == (alpha == 0.01 or clients == 1)
+    assert (pairs < 50) == (alpha == 0.01 or clients == 1)
 
 def test_rows_i_and_b_plus_i_are_views_of_image_i():
     """With recipes of no part and of one part, whose result is known."""
@@ -655,7 +655,7 @@ def test_a_killed_run_resumes_to_the_same_bits(npz, tmp_path, command, unmetered
     resumed, whole = ([line.split()[:6] for line in re.findall(r"^ +\d+ +\d+ .*", printed, re.M)]
                       for printed in (command(*arguments, tmp_path / name)[1]
                                       for name in ("killed", "whole")))
-    assert len(whole) == 24 and resumed == whole[done:]  # losses, bytes, memory
+    assert len(whole) == 24 and resumed == whole[done:]  # losses and bytes
     one, other = (loaded(tmp_path, name, "checkpoint.pt") for name in ("killed", "whole"))
     assert timeless(one["history"]) == timeless(other["history"])
     assert same_tensors(one["server"], other["server"])

@@ -106,10 +106,10 @@ def read_flags(parser, arguments):
                         help="learning rates to choose from, by a whole run of each")
     given = vars(parser.parse_args(arguments))
     config, flags = experiments.settings(fllw.Config(depth_dropout=0.0), given, FIXED)
+    for rate in flags["rates"]:
+        fllw.validate(replace(config, lr=rate, clients_per_round=0))
     dataset = data.load(config.data, config.cache, config.images)
     config = replace(config, **data.own_split(dataset, given))
-    for rate in flags["rates"]:
-        fllw.validate(replace(config, lr=rate))
     out = Path(config.out or f"runs/compare-{Path(config.data).stem}").expanduser()
     return config, flags, dataset, out
 

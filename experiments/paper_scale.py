@@ -1,4 +1,4 @@
-"""What do the methods reach at the papers' size? ViT-Tiny on CIFAR-10, in about 8 minutes on one GPU.
+"""What do the methods reach at the papers' size? ViT-Tiny on CIFAR-10, in 8 minutes on one GPU.
 
     python -m experiments.paper_scale --data CIFAR10.npz --save paper_scale
     python -m experiments.paper_scale --rehearse      # toy size, any machine, under a minute
@@ -25,6 +25,7 @@ PAPER = fllw.Config(augment="natural", dim=192, depth=12, heads=3, patch_size=4,
                     weight_decay=1e-5, amp=True, depth_dropout=0.0)
 TOY = replace(PAPER, images=200, dim=16, depth=2, heads=2, patch_size=7, head_hidden=24, head_dim=8,
               clients=2, rounds=6, batch_size=32)
+FIXED = ("method", "depth_dropout", "clients_per_round", "out")
 SHOWN = {**COLUMNS, "finetuned": ("fine-tuned %", 1, 1)}
 
 def choose_rounds(config, dataset, epochs, seconds):
@@ -60,8 +61,7 @@ def main(arguments=None):
     parser.add_argument("--rehearse", action="store_true", default=False, help="toy size")
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
-        config, flags = experiments.settings(TOY if given["rehearse"] else PAPER, given,
-                                             ("method", "depth_dropout", "clients_per_round"))
+        config, flags = experiments.settings(TOY if given["rehearse"] else PAPER, given, FIXED)
         on_cpu = fllw.pick_device(config).type == "cpu"
         if not flags["rehearse"] and ("data" not in given or on_cpu):
             raise data.InputError("this needs a GPU and --data FILE.npz; --rehearse needs neither")

@@ -4,9 +4,9 @@
 
 Two client threads are 1.9 times as fast as one, by the seconds of a round of the default command. A
 client with much work takes as long as a bare loop of its steps (one thread; one model, loss and
-optimizer for all sides). A tiny one takes 3 to 4 times as long: it builds its learner anew. pfl-
-research 0.6.0 (Granqvist et al. 2024, arXiv 2404.06430) keeps one model, Flower's simulation
-(Beutel et al. 2020, arXiv 2007.14390) sends it between processes."""
+optimizer for all sides). A tiny one takes 3 to 4 times as long: it builds its learner anew. Beside
+them stand pfl-research 0.6.0 (Granqvist et al. 2024, arXiv 2404.06430), which keeps one model, and
+Flower's simulation (Beutel et al. 2020, 2007.14390), which sends it between processes."""
 import argparse
 from functools import partial
 from importlib.util import find_spec

@@ -58,15 +58,15 @@ def test_controls_spend_what_they_are_compared_with(unmetered):
 
 def test_the_rate_is_chosen_on_training_images_alone(monkeypatch):
     """The best of three by a score made up here; no image of the test set is looked at."""
-    dataset, seen = images(), []
+    dataset, seen, config = images(), [], replace(SMALL, rounds=16)
 
     def measure(key, row, held, out):
         train, test = as_set(held.train_images), as_set(held.test_images)
-        assert len(test) == 15 and not train & test and row == replace(SMALL, lr=row.lr)
+        assert len(test) == 15 and not train & test and row == replace(config, lr=row.lr)
         seen.append(train | test)
         return {"knn": -abs(row.lr - 2e-3), "linear_probe": 0.0}
     monkeypatch.setattr(compare, "measure", measure)
-    plan, tried = compare.plan_rows(["fll"], SMALL, dataset, None, [1e-3, 2e-3, 4e-3])
+    plan, tried = compare.plan_rows(["fll"], config, dataset, None, [1e-3, 2e-3, 4e-3])
     assert plan["fll"].lr == 2e-3 and tried["fll"] == {1e-3: -1e-3, 2e-3: 0.0, 4e-3: -2e-3}
     assert seen == [as_set(dataset.train_images)] * 3
 
