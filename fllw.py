@@ -271,7 +271,7 @@ class State:
 
 def initial(config, image_shape):
     """State dict of a fresh learner with all its blocks, from the seed. Not thread-safe."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # modules draw from torch's global generator
         torch.default_generator.manual_seed(int(rng(config, INIT).integers(2**63)))
         return config.learner(config, tuple(image_shape), range(config.depth)).state_dict()
 

@@ -94,7 +94,7 @@ def main(arguments=None):
     parser = fllw.make_parser((__doc__ or "").split("\n\n")[0], "python -m experiments.flower")
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
-        fllw.validate(replace(config := fllw.Config(**given), clients_per_round=0))
+        config = fllw.Config(**given)
         dataset = data.load(config.data, config.cache, config.images)
         config = replace(config, **data.own_split(dataset, given))
         fllw.validate(config)

@@ -36,7 +36,7 @@ def choose_rounds(config, dataset, epochs, seconds):
         stage = fllw.stages(row)[len(fllw.stages(row)) // 2]  # the middle one costs the mean
         state = fllw.federate(row, [images], plan=[replace(stage, rounds=range(1, 3))])
         epoch[name] = config.clients * state.history[1]["seconds"]  # the first has things to start
-    tuning = epochs * (len(ROWS) + 1) * epoch["end-to-end"]  # about: it has one view of an image
+    tuning = epochs * (len(ROWS) + 1) * epoch["end-to-end"]  # roughly: it has one view of an image
     rounds = int((seconds - tuning) / config.local_epochs / sum(epoch.values()))
     return min(max(rounds, 2 * config.depth), config.rounds)
 

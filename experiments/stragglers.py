@@ -3,7 +3,7 @@
     python -m experiments.stragglers --alpha 0.1
 
 One block: it has the best mean k-NN at every deadline. FLL's clients are in time more often than
-end-to-end ones, but are not clearly ahead of them; SALF leads FLL if IID, at 8 and 4 s.
+end-to-end ones, but are not clearly ahead of them; SALF leads FLL with IID splits at 8 and 4 s.
 
 SALF (Lang et al. 2024, arXiv 2403.18375): gradients come from the last layer down, so a client that
 the deadline stops has those of its last layers, and sends these. A layer's mean is over the clients
