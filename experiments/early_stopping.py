@@ -2,14 +2,14 @@
 
     python -m experiments.early_stopping
 
-Ending early saves two fifths of a vision transformer's rounds at no loss on average, and hardly a
-CNN's. One block of the ViT is level with that or ahead, for more compute and bytes.
+Ending early saves a vision transformer two fifths of its rounds, for one to three points. What it
+gains over FLL's cosine is due to its constant rate. One block has the higher means.
 
 After Sadeghi Tabrizi et al., "Layer-wise Learning of CNNs by Self-tuning Learning Rate and Early
 Stopping at Each Layer" (BMVC 2024), who follow a separation index, which needs labels. Here a
 client's loss is the NT-Xent of the model that it receives, on a tenth of its images, held out. A
-stage ends when the clients' mean loss has not fallen for PATIENCE rounds. Its rate is constant, not
-tuned. The row "evenly" has as many rounds as "early"."""
+stage ends when the clients' mean loss has not fallen for PATIENCE rounds; its rate is constant. So
+it is in "constant rate", all rounds, and in "evenly", as many as "early" has, in equal stages."""
 import math
 from collections import Counter
 from dataclasses import replace
@@ -87,13 +87,13 @@ def early_train(config, stage, message, images, round_number, client):
     z = learner.head(learner.encoder(views))
     return upload, nt_xent(*z.chunk(2), config.temperature), count
 
-def measure(config, dataset, early=False):
+def measure(config, dataset, train_client=fllw.local_train, early=False):
     """The columns of a row with one seed."""
     clients, state = data.split(dataset, config.clients, config.alpha, config.seed), fllw.State()
     if isinstance(config, CNNConfig):  # new blocks are fresh; their first download is not counted
         state.server |= fllw.initial(config, dataset.shape)
-    plan_and_client = (early_plan(config, state), early_train) if early else ()
-    fllw.federate(config, clients, state, *plan_and_client)
+    plan = early_plan(config, state) if early else None
+    fllw.federate(config, clients, state, plan, train_client)
     paid = sum(map(Counter, fllw.replay(config, dataset.shape, state.history)), Counter())
     return {"rounds": len(state.history)} | fllw.result(config, dataset, state) | paid
 
@@ -101,10 +101,12 @@ def rows_of(config, dataset):
     """The rows of the table with one seed: yields (name, columns)."""
     for encoder, kind in {"cnn": CNNConfig, "vit": fllw.Config}.items():
         config = kind(**vars(config))
-        early = measure(config, dataset, early=True)
+        early = measure(config, dataset, early_train, early=True)
         yield f"{encoder} all rounds", measure(config, dataset)
+        yield f"{encoder} constant rate", measure(config, dataset, early_train)
         yield f"{encoder} early", early
-        yield f"{encoder} evenly", measure(replace(config, rounds=early["rounds"]), dataset)
+        evenly = replace(config, rounds=early["rounds"])
+        yield f"{encoder} evenly", measure(evenly, dataset, early_train)
         yield f"{encoder} one block", measure(replace(config, method="e2e", depth=1), dataset)
 
 def main(arguments=None):

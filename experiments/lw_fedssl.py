@@ -9,8 +9,7 @@ After Tun et al. 2024 (arXiv 2401.11647), whose fourth version has neither. Alig
 second NT-Xent pulls the projection of a view towards the received model's projection of the other
 view. Calibration: after averaging, the server trains all blocks so far end to end, on unlabelled
 images of its own, so that they keep fitting together. Its control is the server's training without
-any client. What differs: the size; the server has a share of the training images.
-"""
+any client. What differs: the size; the server has a share of the training images."""
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 

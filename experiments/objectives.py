@@ -8,8 +8,7 @@ under NT-Xent. BYOL learns little in so few rounds, with one block or with FLL.
 Tun et al. 2024 (LW-FedSSL, arXiv 2401.11647) use SimCLR, MoCo v3 (Chen et al. 2021, 2104.02057) and
 BYOL (Grill et al. 2020, 2006.07733). What differs: a momentum encoder copies only what trains (the
 frozen part is shared and runs once), starts each round from what the client received, with a
-constant momentum; head and rate are those of fllw.py.
-"""
+constant momentum; head and rate are those of fllw.py."""
 from dataclasses import dataclass, replace
 
 import torch

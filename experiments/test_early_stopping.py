@@ -47,7 +47,7 @@ def test_a_run_against_a_plain_loop(encoder, monkeypatch):
             uploaded += sum(tensor.nbytes for tensor in a.values())
             better = (first + second) / 2 < best - 0.05
             best, failed = ((first + second) / 2, 0) if better else (best, failed + 1)
-    found = early_stopping.measure(config, images(80), early=True)
+    found = early_stopping.measure(config, images(80), early_stopping.early_train, early=True)
     assert [row["stage"] for row in found["history"]] == rounds and 3 < len(rounds) < 15
     assert (found["rounds"], found["upload_bytes"]) == (len(rounds), uploaded)
     torch.testing.assert_close(found["server"], server)
