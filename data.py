@@ -103,8 +103,6 @@ def load_npz(path):
     train, test = (read_images(path, key, arrays[key]) for key in needed[:2])
     if train.shape[1:] != test.shape[1:]:
         raise InputError(f"{path}: test_images must be {[*train.shape[1:]]}, as train_images are")
-    if train.max() < 32:
-        print(f"note: no training pixel is above {int(train.max())}; the range should be 0 to 255")
     arrays.setdefault("train_labels", np.full(len(train), -1))
     arrays = {key: read_numbers(path, key, array, len(test if key == "test_labels" else train))
               for key, array in arrays.items() if not key.endswith("images")}
@@ -238,14 +236,15 @@ def two_views(images, recipe, generator):
     """Two views of image i, rows i and B + i: uint8 [B, C, H, W] -> float32 [2B, C, H, W]."""
     return view(images.repeat(2, 1, 1, 1), recipe, generator)
 
-def moved(images, recipe, generator):
-    """A random view of each image, without grey or blur, on the CPU: uint8 [B, C, H, W] -> same."""
-    views = view(images.cpu(), replace(RECIPES[recipe], grey=0.0, blur=0.0), generator)
+def moved(images, name, generator):
+    """One random view of each image, by RECIPES[name] without grey and blur, on the CPU: uint8
+    [B, C, H, W] -> the same."""
+    views = view(images.cpu(), replace(RECIPES[name], grey=0.0, blur=0.0), generator)
     return ((views + 1) * 127.5).round().byte()
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness in one draw: RECIPES use at most 41 an image
+    x = images.float() / 255  # all randomness in one draw: RECIPES need 41 at most, all parts 49
     numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):

@@ -43,7 +43,7 @@ class ProjectionHead(nn.Sequential):
 def micro_batched_step(config, learner, stage, views):
     """fllw.local_step() with the graph of config.micro_batch images at a time (GradCache, Gao et
     al. 2021): the same gradients in less memory, at the price of a second forward pass."""
-    encoder, first, size = learner.encoder, stage.first, 2 * config.micro_batch  # 2: views
+    encoder, first, size = learner.encoder, stage.first, 2 * config.micro_batch  # in views
     autocast = torch.autocast(views.device.type, torch.bfloat16, enabled=config.amp)
 
     def run_trained(x):  # tokens, or images where the embedding trains -> features [size, D]
@@ -140,18 +140,18 @@ def pixels(images):
     return F.interpolate(images.float(), size, mode="area").flatten(1) / 255
 
 @torch.no_grad()
-def features(encoder, images, recipe="", device="cpu", batch=500):
+def features(encoder, images, recipe_name="", device="cpu", batch=500):
     """uint8 images [N, C, H, W] -> features float32 [N, dim], or raw pixels if the encoder is None;
-    with a recipe, of one random view per image. Raises FloatingPointError if one is not finite."""
+    with a recipe, of one random view each. Raises FloatingPointError if one is not finite."""
     draws, result = torch.Generator().manual_seed(0), []
     for part in images.split(batch):
-        part = (data.moved(part, recipe, draws) if recipe else part).to(device)
+        part = (data.moved(part, recipe_name, draws) if recipe_name else part).to(device)
         result.append(encoder(data.normalise(part)) if encoder else pixels(part))
     if not all(part.isfinite().all() for part in result):
         raise FloatingPointError("the encoder's features are not finite: take a smaller --lr")
     return torch.cat(result)
 
-def evaluate(encoder, dataset, recipe, device="cpu"):
+def evaluate(encoder, dataset, recipe_name, device="cpu"):
     """Accuracies in % of an encoder on the device, or of raw pixels if it is None: knn and
     linear_probe on test images, moved_knn and moved_probe on one random view of each, ten_labels of
     a probe on ten labels per class. Test labels choose nothing. {} without training labels."""
@@ -161,7 +161,7 @@ def evaluate(encoder, dataset, recipe, device="cpu"):
     labels, truth = dataset.train_labels[labelled].to(device), dataset.test_labels.to(device)
     train = features(encoder, dataset.train_images[labelled], device=device)
     test = features(encoder, dataset.test_images, device=device)
-    moved = features(encoder, dataset.test_images, recipe, device)
+    moved = features(encoder, dataset.test_images, recipe_name, device)
     probe, moved_probe = linear_probe(train, labels, (test, truth), (moved, truth))
     return {"knn": knn(train, labels, test, truth), "linear_probe": probe,
             "moved_knn": knn(train, labels, moved, truth), "moved_probe": moved_probe,
