@@ -75,7 +75,7 @@ class Config:
 INIT, SAMPLING, DROPOUT, TRAINING = range(1, 5)
 
 def rng(config, *key):
-    """A numpy generator that depends on (seed, *key) alone; key: (purpose, round, client)."""
+    """A numpy generator that depends on (seed, *key) alone; key: purpose[, round[, client]]."""
     return np.random.default_rng([config.seed, *key])
 
 def pick_device(config):
@@ -159,7 +159,7 @@ class Learner(nn.Module):
         self.encoder = ViT(config, image_shape, blocks)
         self.head = ProjectionHead(config.dim, config.head_hidden, config.head_dim)
 
-Config.learner = Learner  # not a setting; a subclass of Config may have another (without buffers)
+Config.learner = Learner  # not a setting; a subclass of Config may have another, without buffers
 
 def block_of(name):
     """"encoder.blocks.3.norm1.bias" -> 3; None for the embedding, the final norm and the head."""
@@ -287,10 +287,10 @@ def broadcast(server, kept):
     return {name: t for name, t in server.items() if block_of(name) in (None, *kept)}
 
 def federate(config, clients, state=None, plan=None, train_client=local_train, on_round=None):
-    """Train by federated rounds; returns the State. clients: a list of each client's own images,
-    uint8 [n, C, H, W]; state: the one to resume, changed in place; plan: an iterable of stages;
-    train_client: like local_train(), but may return None (client lost) or a partial upload;
-    on_round: called with the state after each round. Raises FloatingPointError on divergence."""
+    """Train by federated rounds; returns the State, or raises FloatingPointError on divergence.
+    clients: a list of each client's images, uint8 [n, C, H, W]; state: one to resume, changed in
+    place; plan: an iterable of stages; train_client: like local_train(), never writes into message,
+    may return None (client lost) or a partial upload; on_round: called with the state."""
     if len(clients) != config.clients:
         raise ValueError(f"images of {len(clients)} clients; config.clients is {config.clients}")
     state, image_shape = state or State(), clients[0].shape[1:]
@@ -325,20 +325,20 @@ def federate(config, clients, state=None, plan=None, train_client=local_train, o
                     for name, tensor in upload.items():
                         sums[name] = sums.get(name, 0) + count * tensor.double()
                         counts[name] += count
-                if not all(map(math.isfinite, losses.values())):
+                if not all(tensor.isfinite().all() for tensor in sums.values()):
                     raise FloatingPointError(f"round {round_number} diverged: take a smaller --lr")
                 state.server |= {name: (sums[name] / counts[name]).float() for name in sums}
                 state.history.append({"round": round_number, "stage": stage.number, "kept": kept,
                                       "losses": losses, "seconds": time.perf_counter() - began})
                 if on_round:
                     on_round(state)
-    torch.set_num_threads(cores)
+    torch.set_num_threads(cores)  # or later threads would have the workers' one
     return state
 
 # ---------------------------------------------------- here the method ends; then what it costs
 def count_macs(config, stage, kept, image_shape):
-    """Multiply-accumulates for one image in one local epoch, counted as in Tun et al. 2024: linear
-    layers and attention products, for two views; the backward pass of what trains costs twice its
+    """Multiply-accumulates for one image that a local epoch uses, counted as in Tun et al. 2024:
+    linear layers and attention products, for two views; backward, what trains costs twice its
     forward pass. With micro-batches, all that trains except the head runs forward twice."""
     D, T = config.dim, 1 + math.prod(image_shape[1:]) // config.patch_size**2  # T: tokens
     embed = math.prod(image_shape) * D  # each pixel value is multiplied by D weights
@@ -351,9 +351,9 @@ def count_macs(config, stage, kept, image_shape):
 Config.macs = count_macs  # for another model, a subclass of Config defines its own macs()
 
 def replay(config, image_shape, rows, plan=None):
-    """Yield, for each row of a history, its mean cost per client: {column: number}. A tensor's
-    version, (name, round of its last change), identifies its values; a copied block has the version
-    of its source. A client keeps what it receives, so it downloads each version once."""
+    """Yield, for each row of a history, the mean cost of a client asked, as if it had answered in
+    full. A tensor's version, (name, round of its last change), identifies its values; a copy has
+    that of its source. A client keeps what it receives, so it downloads each version once."""
     stage_of = {stage.number: stage for stage in plan or stages(config)}
     sizes = {name: tensor.nbytes for name, tensor in initial(config, image_shape).items()}
     server, held = {}, defaultdict(set)  # name -> version; client -> the versions that it has
@@ -422,7 +422,7 @@ def cost(config, image_shape, plan=None, train_client=local_train):
     """The cost of a run to a client that takes part in every round: peak_memory_bytes (left out if
     not measurable), macs for one image, download_bytes, upload_bytes, and stateless_download_bytes
     (had it kept nothing between rounds). Nothing is trained. At most ten clients are averaged."""
-    plan, total = plan or stages(config), Counter()
+    plan, total = list(plan or stages(config)), Counter()
     clients = range(min(config.clients_per_round or config.clients, 10))
     rows = ({"round": number, "stage": stage.number,
              "kept": {c: sample_kept_blocks(config, stage, number, c) for c in clients}}
@@ -559,12 +559,10 @@ def main(arguments=None):
         config = replace(config, **data.own_split(dataset, given))
         validate(config)
         summary = open_run(config, dataset)[0] / "summary.json"
-        done = json.loads(summary.read_text()) if summary.exists() else {}
-        if "raw pixels" in done:
-            print(f"{summary.parent} is finished:\n{table(done)}")
+        if summary.exists():
+            print(f"{summary.parent} is finished:\n{table(json.loads(summary.read_text()))}")
             return
         mine = result(config, dataset, train(config, dataset))
-        write(summary, {label(config): mine})  # kept even if the next row runs out of memory
         raw = evaluate(None, dataset, data.recipe_name(config), pick_device(config))
         rows = {"raw pixels": raw, label(config): mine}
         if config.method != "e2e":

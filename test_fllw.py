@@ -280,6 +280,12 @@ def test_federate_equals_a_bare_loop(case):
     assert received.keys() - lost == {(r["round"], c) for r in state.history for c in r["losses"]}
 
 # ----------------------------------------------------------------------------------------- loop
+def test_a_round_that_diverges_never_reaches_the_server():
+    state = fllw.State()
+    with pytest.raises(FloatingPointError, match="round 1 diverged: take a smaller --lr"):
+        federated(replace(SMALL, lr=1e39, batch_size=20), state=state)  # one step: a finite loss
+    assert not state.history and all(t.isfinite().all() for t in state.server.values())
+
 @pytest.mark.parametrize("more", [{}, {"method": "progressive", "micro_batch": 3}], ids=str)
 def test_threads_and_the_global_generator_change_no_bit(more):
     """Client 0 is asked first and answers last. Uploads are added in the order asked: the sum
@@ -512,14 +518,13 @@ def test_npz_reads_medmnist_layout_and_colour(npz, tmp_path, capsys):
     assert np.array_equal(data.load(path).train_images.permute(0, 2, 3, 1), colours)
     assert capsys.readouterr().out == ""  # nothing is odd, so nothing is said
 
-def test_odd_pixels_and_missing_labels_are_noted(tmp_path, capsys):
+def test_missing_labels_are_noted(tmp_path, capsys):
     """What has no label is left out of the evaluation alone."""
-    pixels = images().train_images[:, 0].numpy() // 16
     labels = np.array([[-7], [30], [-1], [10]] * 15, dtype=np.int16)
-    d = data.load(save_npz(tmp_path / "odd.npz", train_images=pixels, train_labels=labels,
+    d = data.load(save_npz(tmp_path / "odd.npz", train_labels=labels,
                            test_labels=np.arange(20) % 4 * 10))
     assert d.train_labels.tolist() == [-1, 3, -1, 1] * 15
-    assert re.search(r"above 15\b.* 255\b.*\n.*\b30 of 60 ", capsys.readouterr().out)
+    assert "30 of 60 " in capsys.readouterr().out
     labelled = d._replace(train_images=d.train_images[1::2], train_labels=d.train_labels[1::2])
     assert ssl_loss.evaluate(None, d, "digits") == ssl_loss.evaluate(None, labelled, "digits")
 
