@@ -73,13 +73,10 @@ def command(name, doc, defaults, fixed, rows_of, arguments=None, columns=SHOWN):
 def macs(config, image_shape):
     """Multiply-accumulates of a whole run for one image: the mean over at most ten clients."""
     clients = range(min(config.clients_per_round or config.clients, 10))
-    total = 0
-    for stage in fllw.stages(config):
-        for number in stage.rounds:
-            for client in clients:
-                kept = fllw.sample_kept_blocks(config, stage, number, client)
-                total += config.local_epochs * config.macs(stage, kept, image_shape)
-    return total / len(clients)
+    kept = fllw.sample_kept_blocks
+    return sum(config.macs(stage, kept(config, stage, number, client), image_shape)
+               for stage in fllw.stages(config) for number in stage.rounds
+               for client in clients) * config.local_epochs / len(clients)
 
 def show(experiment, rows, save=None, columns=SHOWN, **more):
     """Print a table of rows, mean and standard deviation over seeds. Before that keep its numbers

@@ -2,11 +2,10 @@
 
     python -m experiments.compare --rows one-block two-blocks progressive fll fdd --seeds 0 1 2
 
-FLL's controls take about its memory: one block, or in micro-batches a small model. Beside them
-stands progressive training (ProFL, Wu et al. 2024, arXiv 2404.13349; Tun et al. 2024, 2401.11647).
-Rows run for as many rounds as FLL's compute buys, unless their name says otherwise. Of several
---rates each row takes its best, by whole runs on training images alone. A rerun resumes.
-"""
+FLL's controls are small models, in micro-batches if they need more memory than it, and progressive
+training (ProFL, Wu et al. 2024, arXiv 2404.13349; Tun et al. 2024, 2401.11647). Rows have FLL's
+compute, unless their name says otherwise. Of several --rates each row takes its best, by whole runs
+on training images alone. A rerun resumes."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +76,8 @@ def measure(key, row, dataset, out):
 
 def choose_rate(key, row, dataset, out, rates):
     """{rate: k-NN + probe in %} of whole runs on training images, a quarter of them held out."""
-    if dataset.train_labels.max() < 0:
-        raise data.InputError("without labels no rate can be chosen: give one with --rates")
+    if dataset.train_labels.min() < 0 or dataset.train_clients is not None:
+        raise data.InputError("labels are missing, or the file splits the images: give one rate")
     scores, held = {}, hold_out(dataset)
     for rate in rates:
         found = measure(f"{key}-rate-{rate:g}", replace(row, seed=0, lr=rate), held, out)
@@ -118,12 +117,13 @@ def main(arguments=None):
     with data.sentences(parser):
         config, flags, dataset, out = read_flags(parser, arguments)
         plan, tried = plan_rows(flags["rows"], config, dataset, out, flags["rates"])
-        rows = {}
+        rates, rows = {name_of(key, row): row.lr for key, row in plan.items()}, {}
+        if len(rates) < len(flags["rows"]):
+            raise data.InputError(f"{', '.join(flags['rows'])}: two of these are the same run")
         for seed in flags["seeds"]:
             for key in flags["rows"]:
                 columns = measure(key, replace(plan[key], seed=seed), dataset, out)
                 experiments.add(rows, name_of(key, plan[key]), columns)
-        rates = {name_of(key, row): row.lr for key, row in plan.items()}
         experiments.show("compare", rows, flags["save"], rates=rates, tried=tried)
 
 if __name__ == "__main__":

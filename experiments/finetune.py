@@ -93,7 +93,8 @@ def main(arguments=None):
             raise data.InputError("--epochs must be 1 or more, and --labels 0 or more")
         if dataset.train_labels.max() < 0:
             raise data.InputError("fine-tuning needs labels")
-        plan, _ = compare.plan_rows(flags["rows"], config, dataset, out, flags["rates"])
+        plan, tried = compare.plan_rows(flags["rows"], config, dataset, out, flags["rates"])
+        columns = {f"finetuned_{n}": (f"{n or 'all'} labels", 1, 1) for n in flags["labels"]}
         rows = {}
         for seed, key in product(flags["seeds"], plan):
             row = replace(plan[key], seed=seed, out=str(out / f"{key}-seed{seed}"))
@@ -105,8 +106,7 @@ def main(arguments=None):
                 deep = replace(row, depth=depth)
                 encoder = encoder_of(deep, checkpoint["server"], dataset.shape)
                 experiments.add(rows, name, tune(deep, encoder, dataset, flags))
-        columns = {f"finetuned_{n}": (f"{n or 'all'} labels", 1, 1) for n in flags["labels"]}
-        experiments.show("finetune", rows, flags["save"], columns)
+                experiments.show("finetune", rows, flags["save"], columns, tried=tried)
 
 if __name__ == "__main__":
     main()

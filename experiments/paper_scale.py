@@ -5,8 +5,8 @@
 
 It has not been run at full size. Settings are those of Tun et al. 2024 (arXiv 2401.11647), who
 pre-train on COCO shrunk to 32 x 32, for 180 rounds, and fine-tune for 40 epochs. Here both use
-CIFAR-10, and all rows get as many rounds as a first timing says that fit, at most --rounds. Peak
-MiB: the most that PyTorch had allocated on the GPU. A run that is cut short keeps its rows."""
+CIFAR-10, and all rows get as many rounds as a first timing says that fit, at least two a stage.
+Peak MiB: the most that PyTorch had allocated. A run that is cut short keeps its rows."""
 from dataclasses import replace
 
 import torch
@@ -43,32 +43,32 @@ def choose_rounds(config, dataset, epochs, seconds):
 def measure(config, dataset, epochs, trains):
     """The columns {name: number} of a row; if it does not train, of an encoder from scratch."""
     device, server, columns = fllw.pick_device(config), fllw.initial(config, dataset.shape), {}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(gpu)
     if trains:
         clients = data.split(dataset, config.clients, config.alpha, config.seed)
         state = fllw.federate(config, clients)
         server, seconds = state.server, sum(row["seconds"] for row in state.history)
-        columns = {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "seconds": seconds}
+        columns = {"peak_memory_bytes": torch.cuda.max_memory_allocated(gpu), "seconds": seconds}
     encoder = fllw.encoder_of(config, server, dataset.shape).to(device)
     columns |= evaluate(encoder, dataset, data.recipe_name(config), device)
     return columns | {"finetuned": finetune(config, encoder, dataset, epochs)}
 
 def main(arguments=None):
     parser, rows = experiments.make_parser("paper_scale", __doc__, seeds=[0]), {}
-    parser.add_argument("--minutes", type=int, default=8, help="one is for start and evaluation")
+    parser.add_argument("--minutes", type=int, default=8, help="two are for start and evaluation")
     parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning, on all labels")
     parser.add_argument("--rehearse", action="store_true", default=False, help="toy size")
     given = vars(parser.parse_args(arguments))
     with data.sentences(parser):
         config, flags = experiments.settings(TOY if given["rehearse"] else PAPER, given, FIXED)
-        on_cpu = fllw.pick_device(config).type == "cpu"
-        if not flags["rehearse"] and ("data" not in given or on_cpu):
+        if not (flags["rehearse"] or "data" in given and fllw.pick_device(config).type != "cpu"):
             raise data.InputError("this needs a GPU and --data FILE.npz; --rehearse needs neither")
         dataset = data.load(config.data, config.cache, config.images)._replace(train_clients=None)
         if flags["epochs"] < 1 or dataset.train_labels.max() < 0:
             raise data.InputError("fine-tuning needs --epochs of 1 or more, and labels")
-        seconds = 60 * (flags["minutes"] - 1) / len(flags["seeds"])
+        seconds = 60 * (flags["minutes"] - 2) / len(flags["seeds"])
         rounds = choose_rounds(config, dataset, flags["epochs"], seconds)
         for seed in flags["seeds"]:
             for name, changes in (ROWS | {"from scratch": {}}).items():

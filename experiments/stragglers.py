@@ -11,7 +11,7 @@ that sent it; its step is divided by 1 - p, where p is the chance that nobody do
 code (github langnatalie/SALF) divides nothing and counts a layer not reached as received. The paper
 cuts one step of SGD; here a straggler trains for all its steps with lower layers frozen,
 which saves it the time. Speeds are log-uniform; they stay for a run or change every round. A row
-has as many rounds as fit into --rounds x deadline seconds."""
+has about as many rounds as fit into --rounds x deadline seconds."""
 from dataclasses import replace
 from itertools import product
 

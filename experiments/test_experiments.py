@@ -57,7 +57,6 @@ def test_controls_spend_what_they_are_compared_with(unmetered):
         assert spent == pytest.approx(allowed, rel=1.2 / row.rounds), key  # rounds cost unlike
 
 def test_the_rate_is_chosen_on_training_images_alone(monkeypatch):
-    """The best of three by a score made up here; no image of the test set is looked at."""
     dataset, seen, config = images(), [], replace(SMALL, rounds=16)
 
     def measure(key, row, held, out):
@@ -118,6 +117,7 @@ personal --clients 1             : two clients or more
 stragglers --deadlines 4 nan     : --deadlines must be above 0
 finetune --rows fll --labels 5 -1 : --labels 0 or more
 compare --rows fll --clients-per-round 3 : at most --clients 2
+compare --rows e2e e2e-rounds --rates 1  : two of these are the same run
 """
 
 @pytest.mark.parametrize("case", WRONG.strip().splitlines())

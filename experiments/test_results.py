@@ -42,7 +42,7 @@ def test_a_line_shows_cells_of_its_row_in_the_files_that_its_block_names():
             assert rows.get(row, set()).issuperset(cells), f"{names} have no {row}: {cells}"
 
 def test_the_first_readmes_table_is_in_the_results():
-    known = set().union(*rows_of(*(path.stem for path in RESULTS.glob("*.json"))).values())
+    known = set().union(*rows_of("digits-192", "digits-192-controls").values())
     lines = [line for line in (HERE.parent / "README.md").read_text().splitlines()
              if line.startswith("|") and "±" in line]
     assert len(lines) >= 5
