@@ -102,7 +102,7 @@ def budget():
         points = {}  # method -> (compute, mean, deviation) of each budget
         for row_name, row in [pair for name in names for pair in read_rows(name).items()]:
             method = method_of(row_name)
-            if method and "macs" in row:
+            if method and {column, "macs"} <= row.keys():
                 spread = np.std(row[column], ddof=1) if len(row[column]) > 1 else np.nan
                 point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
                 points.setdefault(method, []).append(point)

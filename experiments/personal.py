@@ -3,7 +3,7 @@
     python -m experiments.personal
 
 FedLAG's three layers lead the three with fewest conflicts, but not after one more local round. They
-are level with the classifier alone (FedPer). FLL's encoder brings FedAvg 7 points, FedLAG 4.
+are level with the classifier alone (FedPer). FLL's encoder brings FedAvg 7 points, others -1 to 5.
 Clients with different label mixes fine-tune an encoder and a linear classifier. FedLAG (Nguyen et
 al. 2024, arXiv 2410.02845; the score is Recon's, 2302.11289) averages all layers in the first half
 of the rounds. Then those stay with the clients in which most pairs conflict: their updates have a
