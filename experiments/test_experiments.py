@@ -89,7 +89,7 @@ def test_the_server_trains_all_its_blocks_on_images_that_no_client_has(unmetered
 
 COMMANDS = {  # experiment: (flags, rows of its table)
     compare: ("--rows untrained fll --rates 1e-3 --out runs", 2), objectives: ("--seeds 0 1", 6),
-    multimodal: ("", 3), lw_fedssl: ("", 4), early_stopping: ("--rounds 6", 10),
+    multimodal: ("", 3), lw_fedssl: ("", 4), early_stopping: ("--rounds 6", 14),
     personal: ("--clients 4", 24), stragglers: ("--deadlines 0.001", 8)}
 
 @pytest.mark.parametrize("experiment", COMMANDS)
