@@ -122,7 +122,7 @@ def main(arguments=None):
     columns = {"seconds": ("seconds", 1, 1)}
     columns |= {side.__name__: (f"{side.__name__}, ms", 1, 1) for side in SIDES}
     rows = {}
-    for part in 3 * (threads, clients):  # turns, so that other work slows all sides
+    for part in 2 * (threads, clients):  # turns, so that other work slows all sides
         part(rows)
     experiments.show("speed", rows, flags.save, columns)
 
