@@ -90,7 +90,7 @@ def memory_frontier():
 
 def method_of(name):
     """What a row of results is called in the figure; None for what it does not show."""
-    method = r"FLL \+ FDD 0.25|FLL(?! \+| by)|progressive(?! \+)|one block|two blocks|end-to-end"
+    method = r"FLL \+ FDD 0.25|FLL(?! \+| by|, micro)|progressive(?! \+)|one block|two blocks|end-to-end"
     found = re.match(f"({method})(?!.*bytes)", name)
     return found and found[1]
 
@@ -102,7 +102,7 @@ def budget():
         points = {}  # method -> (compute, mean, deviation) of each budget
         for row_name, row in [pair for name in names for pair in read_rows(name).items()]:
             method = method_of(row_name)
-            if method and {column, "macs"} <= row.keys():
+            if method and "macs" in row:
                 spread = np.std(row[column], ddof=1) if len(row[column]) > 1 else np.nan
                 point = np.mean(row["macs"]) / 1e9, np.mean(row[column]), spread
                 points.setdefault(method, []).append(point)
