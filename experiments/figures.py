@@ -90,7 +90,7 @@ def memory_frontier():
 
 def method_of(name):
     """What a row of results is called in the figure; None for what it does not show."""
-    method = r"FLL \+ FDD 0.25|FLL(?! \+| by|, m)|progressive(?! \+)|one block|two blocks|end-to-end"
+    method = r"FLL \+ FDD 0.25|FLL(?!,? [+bm])|progressive(?! \+)|one block|two blocks|end-to-end"
     found = re.match(f"({method})(?!.*bytes)", name)
     return found and found[1]
 
