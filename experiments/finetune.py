@@ -3,7 +3,7 @@
     python -m experiments.finetune --rows untrained one-block fll
 
 With all labels of CIFAR-10 six blocks are worth more than one, but the upper ones need no
-pre-training: one block is level with FLL if untrained blocks are put on top just before. On the
+pre-training: one block is ahead of FLL if untrained blocks are put on top just before. On the
 digits, with ten labels a class, two blocks in micro-batches are ahead of FLL.
 
 The papers judge encoders so (Tun et al. 2024, arXiv 2401.11647); ours are smaller, on other images.
