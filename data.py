@@ -244,7 +244,7 @@ def moved(images, name, generator):
 
 def view(images, recipe, generator):
     """One random view of every image: uint8 [B, C, H, W] -> float32 [B, C, H, W] in -1..1."""
-    x = images.float() / 255  # all randomness in one draw: RECIPES need 41 at most, all parts 49
+    x = images.float() / 255  # one draw for all randomness; of 48 numbers RECIPES use 41
     numbers = iter(torch.rand(48, len(x), device=x.device, generator=generator))
 
     def uniform(low, high, count=1):

@@ -351,9 +351,10 @@ def count_macs(config, stage, kept, image_shape):
 Config.macs = count_macs  # for another model, a subclass of Config defines its own macs()
 
 def replay(config, image_shape, rows, plan=None):
-    """Yield, for each row of a history, the mean cost of a client asked, as if it had answered in
-    full. A tensor's version, (name, round of its last change), identifies its values; a copy has
-    that of its source. A client keeps what it receives, so it downloads each version once."""
+    """Yield, for each row of a history, the mean cost of a client that was asked, {column: number},
+    as if it had answered in full. A tensor's version, (name, round of its last change), identifies
+    its values; a copied block has the version of its source. A client keeps what it receives, so it
+    downloads each version once."""
     stage_of = {stage.number: stage for stage in plan or stages(config)}
     sizes = {name: tensor.nbytes for name, tensor in initial(config, image_shape).items()}
     server, held = {}, defaultdict(set)  # name -> version; client -> the versions that it has

@@ -86,9 +86,11 @@ def choose_rate(key, row, dataset, out, rates):
 
 def plan_rows(keys, config, dataset, out, rates):
     """The settings of the rows `keys`: {key: Config}, and what every rate scored."""
-    plan, tried = {}, {}
+    plan = {key: replace(row_of(key, config, dataset.shape), lr=rates[0]) for key in keys}
+    if len({name_of(key, row) for key, row in plan.items()}) < len(keys):
+        raise data.InputError(f"{', '.join(keys)}: two of these are the same run, leave one out")
+    tried = {}
     for key in keys:
-        plan[key] = replace(row_of(key, config, dataset.shape), lr=rates[0])
         if len(rates) == 1 or key == "untrained":
             continue
         tried[key] = choose_rate(key, plan[key], dataset, out, rates)
@@ -118,8 +120,6 @@ def main(arguments=None):
         config, flags, dataset, out = read_flags(parser, arguments)
         plan, tried = plan_rows(flags["rows"], config, dataset, out, flags["rates"])
         rates, rows = {name_of(key, row): row.lr for key, row in plan.items()}, {}
-        if len(rates) < len(flags["rows"]):
-            raise data.InputError(f"{', '.join(flags['rows'])}: two of these are the same run")
         for seed in flags["seeds"]:
             for key in flags["rows"]:
                 columns = measure(key, replace(plan[key], seed=seed), dataset, out)
